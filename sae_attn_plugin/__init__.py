@@ -1,0 +1,119 @@
+"""Attention-output sparse autoencoders for sae_lens: exact attribution graphs of attention features.
+
+Importing the package registers it with sae_lens: at once when sae_lens is imported already, else as
+soon as it is. Public names load on first use, so that the import itself costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sae_attn_plugin import registration
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sae_attn_plugin import demo, nodes, training
+    from sae_attn_plugin.attribution.dfa import DFA
+    from sae_attn_plugin.attribution.table import Attribution
+    from sae_attn_plugin.backends.loading import load_model
+    from sae_attn_plugin.dictionaries import Dictionary, head_attribution, load_saes
+    from sae_attn_plugin.errors import (
+        BackendError,
+        FileError,
+        InputError,
+        SaeAttnError,
+        UnsupportedError,
+    )
+    from sae_attn_plugin.graphs.files import load, save
+    from sae_attn_plugin.graphs.paths import strongest_paths
+    from sae_attn_plugin.graphs.picture import draw
+    from sae_attn_plugin.interventions.apply import InterventionResult
+    from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, SetFeature
+    from sae_attn_plugin.lens import FeatureLens, Run
+    from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node
+    from sae_attn_plugin.registration import register
+
+# public name -> where it lives
+_PUBLIC = {
+    "AblateFeature": "interventions.edits",
+    "AddToStream": "interventions.edits",
+    "Attribution": "attribution.table",
+    "BackendError": "errors",
+    "DFA": "attribution.dfa",
+    "Dictionary": "dictionaries",
+    "Direction": "nodes",
+    "Feature": "nodes",
+    "FeatureLens": "lens",
+    "FileError": "errors",
+    "InputError": "errors",
+    "InterventionResult": "interventions.apply",
+    "Logit": "nodes",
+    "LogitDiff": "nodes",
+    "Node": "nodes",
+    "Run": "lens",
+    "SaeAttnError": "errors",
+    "SetFeature": "interventions.edits",
+    "UnsupportedError": "errors",
+    "draw": "graphs.picture",
+    "head_attribution": "dictionaries",
+    "load": "graphs.files",
+    "load_model": "backends.loading",
+    "load_saes": "dictionaries",
+    "register": "registration",
+    "save": "graphs.files",
+    "strongest_paths": "graphs.paths",
+}
+_MODULES = ("demo", "nodes", "training")
+
+__all__ = [  # noqa: RUF022 - the front door first
+    "FeatureLens",
+    "Run",
+    "Attribution",
+    "DFA",
+    "Feature",
+    "Logit",
+    "LogitDiff",
+    "Direction",
+    "Node",
+    "AblateFeature",
+    "AddToStream",
+    "SetFeature",
+    "InterventionResult",
+    "Dictionary",
+    "head_attribution",
+    "load_model",
+    "load_saes",
+    "save",
+    "load",
+    "draw",
+    "strongest_paths",
+    "register",
+    "SaeAttnError",
+    "InputError",
+    "UnsupportedError",
+    "BackendError",
+    "FileError",
+    "demo",
+    "nodes",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+registration.register_when_imported()

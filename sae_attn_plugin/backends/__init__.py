@@ -1,0 +1,33 @@
+"""Hosts: TransformerLens and nnsight behind one small protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_attn_plugin.backends.protocol import Backend
+from sae_attn_plugin.errors import InputError
+
+__all__ = ["Backend", "as_backend"]
+
+
+def as_backend(model: Any, tokenizer: Any = None) -> Backend:
+    """The backend of a model, told by its class.
+
+    Raises:
+        InputError: for an object that is none of the known kinds of model.
+    """
+    names = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
+    if names & {"transformer_lens.HookedTransformer", "transformer_lens.TransformerBridge"}:
+        from sae_attn_plugin.backends.transformer_lens import TransformerLensBackend
+
+        return TransformerLensBackend(model, tokenizer)
+    if names & {"transformers.PreTrainedModel", "nnsight.NNsight", "nnsight.Envoy"}:
+        from sae_attn_plugin.backends.huggingface import HuggingFaceBackend
+
+        return HuggingFaceBackend(model, tokenizer)
+    if {"host", "geometry", "forward", "layer_weights"} <= set(dir(model)):
+        return model
+    raise InputError(
+        f"{type(model).__module__}.{type(model).__qualname__} is not a model this package can host; "
+        "expected a HookedTransformer, a TransformerBridge, an nnsight model or a Hugging Face model"
+    )

@@ -1,0 +1,283 @@
+"""What the engine needs from a host, and nothing more.
+
+A backend gives the geometry of the model, its weights as plain tensors, and one forward pass that
+reads and edits named sites. Everything else is shared. Adding a host means writing this protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_attn_plugin.errors import BackendError
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class Site(NamedTuple):
+    """A place in the forward pass, in the order of execution within a layer.
+
+    ================  ==============================  ==============================================
+    name              shape                           what
+    ================  ==============================  ==============================================
+    ``embed``         ``[batch, pos, d_model]``       token embedding (scaled where the model does)
+    ``pos_embed``     ``[batch, pos, d_model]``       learned position embedding, where there is one
+    ``resid_pre``     ``[batch, pos, d_model]``       residual stream before a layer
+    ``v``             ``[batch, pos, n_kv, d_head]``  values (with their bias)
+    ``z``             ``[batch, pos, head, d_head]``  TransformerLens' ``hook_z``
+    ``pattern``       ``[batch, head, query, key]``   attention weights; read only
+    ``attn_out``      ``[batch, pos, d_model]``       what attention adds to the residual stream
+    ``mlp_in``        ``[batch, pos, d_model]``       normalised input of the MLP
+    ``mlp_out``       ``[batch, pos, d_model]``       what the MLP adds to the residual stream
+    ``resid_final``   ``[batch, pos, d_model]``       input of the final norm; read only
+    ``unembed_in``    ``[batch, pos, d_model]``       output of the final norm
+    ``logits``        ``[batch, pos, d_vocab]``       read only
+    ================  ==============================  ==============================================
+    """
+
+    name: str
+    layer: int = -1
+
+    def __str__(self) -> str:
+        return self.name if self.layer < 0 else f"{self.name}[{self.layer}]"
+
+
+LAYER_SITES = ("resid_pre", "v", "z", "pattern", "attn_out", "mlp_in", "mlp_out")
+MODEL_SITES = ("embed", "pos_embed", "resid_final", "unembed_in", "logits")
+READ_ONLY_SITES = ("pattern", "resid_final", "logits")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a model. ``normalization``: ``"layer"``, ``"rms"`` or ``"none"``."""
+
+    model_name: str
+    architecture: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_vocab: int
+    n_ctx: int
+    learned_positions: bool
+    normalization: str
+    parallel: bool
+    has_mlp: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation, split into the scale that is frozen and the linear rest.
+
+    ``apply(x, scale) = weight * centre(x) / scale + bias``; ``weight`` is what multiplies (Gemma's
+    ``1 + w`` already added), ``[d]``; ``None`` stands for ones and zeros.
+    """
+
+    kind: str
+    eps: float = 0.0
+    weight: Float[Tensor, " d"] | None = None
+    bias: Float[Tensor, " d"] | None = None
+
+    def centre(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+
+    def scale(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
+        if self.kind == "none":
+            return torch.ones_like(x[..., :1])
+        return (self.centre(x).square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def apply(
+        self, x: Float[Tensor, "... d"], scale: Float[Tensor, "... 1"] | None = None
+    ) -> Float[Tensor, "... d"]:
+        """``x`` normalised, with its own scale or a frozen one."""
+        y = self.linear(x, self.scale(x) if scale is None else scale)
+        return y if self.bias is None else y + self.bias
+
+    def linear(
+        self, x: Float[Tensor, "... d"], scale: Float[Tensor, "... 1"]
+    ) -> Float[Tensor, "... d"]:
+        """The part of ``apply`` that is linear in ``x`` once ``scale`` is frozen."""
+        y = self.centre(x) / scale
+        return y if self.weight is None else y * self.weight
+
+    def to(self, dtype: torch.dtype) -> Norm:
+        move = lambda t: None if t is None else t.to(dtype)  # noqa: E731
+        return replace(self, weight=move(self.weight), bias=move(self.bias))
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of one layer's attention, and the norms around it, as plain tensors.
+
+    ``W_V [n_kv, d_model, d_head]``, ``b_V [n_kv, d_head]``, ``W_O [n_heads, d_head, d_model]``,
+    ``b_O [d_model]``. ``norm`` feeds attention; ``mlp_norm`` feeds the MLP; ``post_norm`` and
+    ``mlp_post_norm`` act on the blocks' outputs before they are added, where the model has them.
+    """
+
+    W_V: Float[Tensor, "n_kv d_model d_head"]
+    b_V: Float[Tensor, "n_kv d_head"]
+    W_O: Float[Tensor, "n_heads d_head d_model"]
+    b_O: Float[Tensor, " d_model"]
+    norm: Norm
+    mlp_norm: Norm | None
+    post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+
+    def to(self, dtype: torch.dtype) -> LayerWeights:
+        return LayerWeights(
+            *(t.to(dtype) for t in (self.W_V, self.b_V, self.W_O, self.b_O)),
+            *(
+                norm and norm.to(dtype)
+                for norm in (self.norm, self.mlp_norm, self.post_norm, self.mlp_post_norm)
+            ),
+        )
+
+    def values(self, normalised: Float[Tensor, "... d_model"]) -> Float[Tensor, "... n_kv d_head"]:
+        """Values from the normalised residual stream."""
+        return torch.einsum("...d,kde->...ke", normalised, self.W_V) + self.b_V
+
+    def attn_out(self, z: Float[Tensor, "... n_heads d_head"]) -> Float[Tensor, "... d_model"]:
+        """``z`` through the output projection, before any post-norm."""
+        return z.flatten(-2) @ self.W_O.flatten(0, 1) + self.b_O
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One forward pass, every tensor the algebra needs. Shapes as in :class:`Site`."""
+
+    tokens: Int[Tensor, "batch pos"]
+    values: Mapping[Site, Tensor]
+
+    def __getitem__(self, site: tuple[str, int]) -> Tensor:
+        return self.values[Site(*site)]
+
+    @property
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.values[Site("logits")]
+
+
+class Backend(Protocol):
+    """A model seen by the engine. ``host`` names the library it runs on."""
+
+    host: str
+    geometry: Geometry
+    tokenizer: Any
+
+    def layer_weights(self, layer: int) -> LayerWeights:
+        """Weights of one layer, on the model's device, in the model's dtype."""
+        ...
+
+    def final_norm(self) -> Norm: ...
+
+    def unembed(self) -> tuple[Float[Tensor, "d_model d_vocab"], Float[Tensor, " d_vocab"] | None]:
+        """``W_U`` and its bias."""
+        ...
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        edits: Mapping[Site, Edit] | None = None,
+        reads: Iterable[Site] = (),
+    ) -> dict[Site, Tensor]:
+        """One forward pass without gradients.
+
+        Each edit gets the value of its site and returns what stands there instead; a read gives
+        the value after the edit. Sites are visited in the order of execution, so an edit may use
+        what an earlier one has seen. ``Site("logits")`` is always in the result.
+        """
+        ...
+
+
+def capture_sites(geometry: Geometry) -> list[Site]:
+    """The sites of a full capture."""
+    names = [n for n in LAYER_SITES if n != "mlp_in" and (geometry.has_mlp or n != "mlp_out")]
+    model = ["embed", "resid_final"] + ["pos_embed"] * geometry.learned_positions
+    return [Site(n) for n in model] + [Site(n, i) for i in range(geometry.n_layers) for n in names]
+
+
+def capture(backend: Backend, tokens: Int[Tensor, "batch pos"]) -> Capture:
+    """Run the model once and keep everything the algebra needs."""
+    return Capture(tokens, backend.forward(tokens, reads=capture_sites(backend.geometry)))
+
+
+def repeat_kv(v: Float[Tensor, "... n_kv d_head"], n_heads: int) -> Tensor:
+    """Values for every head, from the values of its key/value group."""
+    return v.repeat_interleave(n_heads // v.shape[-2], dim=-2)
+
+
+def mix_values(
+    pattern: Float[Tensor, "*batch head query key"], v: Float[Tensor, "*batch key n_kv d_head"]
+) -> Float[Tensor, "*batch query head d_head"]:
+    """``z = pattern @ v``, with grouped values shared by their heads."""
+    v = repeat_kv(v, pattern.shape[-3])
+    return torch.einsum("...hqk,...khe->...qhe", pattern, v)
+
+
+def self_check(backend: Backend) -> None:
+    """Check on a short input that the model is what its geometry and weights say.
+
+    Raises:
+        BackendError: naming the identity that failed, and by how much.
+    """
+    g = backend.geometry
+    # Distinct tokens, away from id 0, so that position and token mistakes show.
+    tokens = (torch.arange(1, 7, device=g.device) * 37 % g.d_vocab)[None, : g.n_ctx]
+    run = capture(backend, tokens)
+    tolerance = {torch.float64: 1e-4, torch.float32: 1e-4}.get(g.dtype, 5e-2)
+
+    def same(name: str, got: Tensor, expected: Tensor) -> None:
+        if got.shape != expected.shape:
+            raise BackendError(
+                f"{_who(backend)}: {name} failed: shapes {tuple(got.shape)} and "
+                f"{tuple(expected.shape)} differ. {_ADVICE}"
+            )
+        size = expected.abs().max().item()
+        error = (got.double() - expected.double()).abs().max().item()
+        if not error <= tolerance * max(size, 1e-6):
+            raise BackendError(
+                f"{_who(backend)}: {name} failed: largest difference {error:.3g}, largest value "
+                f"{size:.3g}, allowed {tolerance:g} of it. {_ADVICE}"
+            )
+
+    stream = run["embed", -1]
+    if g.learned_positions:
+        stream = stream + run["pos_embed", -1]
+    for layer in range(g.n_layers):
+        weights = backend.layer_weights(layer)
+        resid, v, z = (run[name, layer] for name in ("resid_pre", "v", "z"))
+        same(f"writers sum to resid_pre in layer {layer}", stream, resid)
+        same(f"v = N(resid_pre) W_V + b_V in layer {layer}", weights.values(_apply(weights.norm, resid)), v)
+        same(f"z = pattern @ v in layer {layer}", mix_values(run["pattern", layer], v), z)
+        out = weights.attn_out(z)
+        if weights.post_norm is not None:
+            out = _apply(weights.post_norm, out)
+        same(f"z W_O + b_O = what attention adds in layer {layer}", out, run["attn_out", layer])
+        stream = resid + run["attn_out", layer]
+        if g.has_mlp:
+            stream = stream + run["mlp_out", layer]
+    same("writers sum to the final residual", stream, run["resid_final", -1])
+
+    last = Site("z", g.n_layers - 1)
+    edited = backend.forward(tokens, {last: lambda z: torch.zeros_like(z) + 3 * z.flip(-1)})
+    if torch.equal(edited[Site("logits")], run.logits):
+        raise BackendError(f"{_who(backend)}: an edit at {last} does not change the logits. {_ADVICE}")
+
+
+_ADVICE = "The model is refused, since attributions on it would be wrong."
+
+
+def _apply(norm: Norm, x: Tensor) -> Tensor:
+    # Hosts compute norms in float32 in half-precision models.
+    return norm.to(torch.float32).apply(x.float()).to(x.dtype) if x.itemsize < 4 else norm.apply(x)
+
+
+def _who(backend: Backend) -> str:
+    return f"{backend.geometry.model_name} on {backend.host}"

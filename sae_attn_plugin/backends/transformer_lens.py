@@ -1,0 +1,243 @@
+"""TransformerLens models: ``HookedTransformer`` (and sae_lens' subclass) and ``TransformerBridge``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_attn_plugin.backends.protocol import (
+    LAYER_SITES,
+    READ_ONLY_SITES,
+    Edit,
+    Geometry,
+    LayerWeights,
+    Norm,
+    Site,
+    self_check,
+)
+from sae_attn_plugin.errors import BackendError, InputError, UnsupportedError
+
+# Hook names. On the bridge the canonical names are used: on some of its subclasses hooks at the
+# alias names (hook_z, hook_resid_pre) never fire, and nothing says so.
+_HOOKED = {
+    "embed": "hook_embed",
+    "pos_embed": "hook_pos_embed",
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "v": "blocks.{}.attn.hook_v",
+    "pattern": "blocks.{}.attn.hook_pattern",
+    "z": "blocks.{}.attn.hook_z",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+}
+_BRIDGE = {
+    "embed": "embed.hook_out",
+    "pos_embed": "pos_embed.hook_out",
+    "resid_pre": "blocks.{}.hook_in",
+    "v": "blocks.{}.attn.v.hook_out",
+    "pattern": "blocks.{}.attn.hook_pattern",
+    "z": "blocks.{}.attn.o.hook_in",
+    "attn_out": "blocks.{}.attn.hook_out",
+    "mlp_out": "blocks.{}.mlp.hook_out",
+}
+# Sites that are the input of a module; both classes name the modules alike.
+_MODULE_INPUTS = {"mlp_in": "blocks.{}.mlp", "resid_final": "ln_final", "unembed_in": "unembed"}
+_NORM_KINDS = {"LN": "layer", "LNPre": "layer", "RMS": "rms", "RMSPre": "rms", None: "none"}
+
+
+class TransformerLensBackend:
+    """A TransformerLens model.
+
+    Args:
+        model: ``HookedTransformer``, ``HookedSAETransformer`` without attached SAEs, or
+            ``TransformerBridge``.
+        tokenizer: default: the model's own.
+
+    Weights processed by TransformerLens are accepted where they leave z as it was: folded norms,
+    centred writing weights and a centred unembedding. Folded value biases shift z by ``b_V`` (and
+    the norm's bias through W_V), which an SAE trained on the original z would misread: refused.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        self.model = model
+        self._bridge = isinstance(model, TransformerBridge)
+        self.host = "transformer_bridge" if self._bridge else "hooked_transformer"
+        self.tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        cfg = model.cfg
+        if cfg.normalization_type not in _NORM_KINDS:
+            raise UnsupportedError(
+                f"normalization_type {cfg.normalization_type!r} of {cfg.model_name} is not known; "
+                f"known: {', '.join(map(str, _NORM_KINDS))}"
+            )
+        for flag in ("use_normalization_before_and_after", "output_logits_soft_cap"):
+            if getattr(cfg, flag, None) not in (None, False, -1.0):
+                raise UnsupportedError(f"{cfg.model_name}: {flag} is not supported")
+        if attached := list(getattr(model, "acts_to_saes", {}) or getattr(model, "_acts_to_saes", {})):
+            raise InputError(
+                f"SAEs are attached to {', '.join(map(str, attached))}; call model.reset_saes() "
+                "first: FeatureLens splices them itself"
+            )
+        weight = model.W_E if not self._bridge else model.embed.weight
+        self.geometry = Geometry(
+            model_name=cfg.model_name,
+            architecture=getattr(cfg, "original_architecture", None)
+            or getattr(cfg, "architecture", None)
+            or "custom",
+            n_layers=cfg.n_layers,
+            d_model=cfg.d_model,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_head=cfg.d_head,
+            d_vocab=cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
+            learned_positions=self._has_learned_positions(),
+            normalization=_NORM_KINDS[cfg.normalization_type],
+            parallel=bool(cfg.parallel_attn_mlp),
+            has_mlp=not cfg.attn_only,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        if model.training:
+            raise InputError("the model is in training mode (dropout is on); call model.eval() first")
+        self._refuse_folded_values()
+        self_check(self)
+
+    def _has_learned_positions(self) -> bool:
+        if self._bridge:
+            return hasattr(self.model, "pos_embed")
+        return self.model.cfg.positional_embedding_type == "standard"
+
+    def _refuse_folded_values(self) -> None:
+        """Value biases that are all exactly zero beside live output biases have been folded."""
+        if self._bridge and not getattr(self.model, "compatibility_mode", False):
+            return
+        if self.geometry.normalization == "rms" and not self._bridge:
+            attn = self.model.blocks[0].attn
+            if not getattr(attn, "b_V", torch.zeros(1)).any() and not attn.b_O.any():
+                return
+        weights = [self.layer_weights(layer) for layer in range(self.geometry.n_layers)]
+        if not any(w.b_V.any() for w in weights) and any(w.b_O.any() for w in weights):
+            raise BackendError(
+                f"{self.geometry.model_name}: the value biases are folded into b_O "
+                "(fold_value_biases=True, TransformerLens' default processing), so hook_z is not "
+                "the z that SAEs are trained on. Load the model with "
+                "HookedTransformer.from_pretrained_no_processing(...), or pass "
+                "fold_value_biases=False"
+            )
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def layer_weights(self, layer: int) -> LayerWeights:
+        block, g = self.model.blocks[layer], self.geometry
+        attn = block.attn
+        # HookedTransformer keeps grouped values under a leading underscore and expands W_V.
+        grouped = not self._bridge and g.n_kv_heads != g.n_heads
+        W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
+        W_V, W_O = W_V.detach(), attn.W_O.detach()
+        has_mlp_norm = g.has_mlp and hasattr(block, "ln2")
+        return LayerWeights(
+            W_V=W_V,
+            b_V=W_V.new_zeros(g.n_kv_heads, g.d_head)
+            if b_V is None
+            else b_V.detach().reshape(g.n_kv_heads, g.d_head),
+            W_O=W_O,
+            b_O=W_O.new_zeros(g.d_model) if attn.b_O is None else attn.b_O.detach(),
+            norm=self._norm(block.ln1),
+            mlp_norm=self._norm(block.ln2) if has_mlp_norm else None,
+        )
+
+    def final_norm(self) -> Norm:
+        return self._norm(self.model.ln_final)
+
+    def _norm(self, module: Any) -> Norm:
+        kind = self.geometry.normalization
+        if kind == "none":
+            return Norm("none")
+        names = ("weight", "bias") if self._bridge else ("w", "b")
+        if self._bridge:
+            module = module.original_component
+        eps = next(
+            float(getattr(module, name))
+            for name in ("eps", "variance_epsilon")
+            if hasattr(module, name)
+        )
+        weight, bias = (getattr(module, name, None) for name in names)
+        return Norm(
+            kind,
+            eps,
+            None if weight is None else weight.detach(),
+            None if bias is None else bias.detach(),
+        )
+
+    def unembed(self) -> tuple[Tensor, Tensor | None]:
+        bias = getattr(self.model.unembed, "b_U", None)
+        return self.model.W_U.detach(), None if bias is None else bias.detach()
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: Tensor,
+        edits: Mapping[Site, Edit] | None = None,
+        reads: Iterable[Site] = (),
+    ) -> dict[Site, Tensor]:
+        edits = dict(edits or {})
+        wanted = set(reads) | set(edits)
+        if refused := [str(site) for site in edits if site.name in READ_ONLY_SITES]:
+            raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
+        found: dict[Site, Tensor] = {}
+
+        def visit(value: Tensor, site: Site) -> Tensor | None:
+            shaped = self._to_site(value, site)
+            if site in edits:
+                shaped = edits[site](shaped)
+            found[site] = shaped
+            return shaped.reshape(value.shape) if site in edits else None
+
+        hooks, handles = [], []
+        names = _BRIDGE if self._bridge else _HOOKED
+        try:
+            for site in sorted(wanted - {Site("logits")}):
+                if site.name in _MODULE_INPUTS:
+                    module = self.model.get_submodule(_MODULE_INPUTS[site.name].format(site.layer))
+                    handles.append(
+                        module.register_forward_pre_hook(functools.partial(_module_input, visit, site))
+                    )
+                else:
+                    hook = functools.partial(_hook, visit, site)
+                    hooks.append((names[site.name].format(site.layer), hook))
+            with torch.no_grad():
+                logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+        finally:
+            for handle in handles:
+                handle.remove()
+        found[Site("logits")] = logits
+        if missing := wanted - set(found):
+            raise BackendError(
+                f"{self.geometry.model_name} on {self.host}: these sites were never reached, "
+                f"although the model ran: {', '.join(map(str, sorted(missing)))}. Hook points that "
+                "an attached SAE replaced stay broken after reset_saes(); load the model afresh"
+            )
+        return found
+
+    def _to_site(self, value: Tensor, site: Site) -> Tensor:
+        g = self.geometry
+        heads = {"z": g.n_heads, "v": g.n_kv_heads}.get(site.name)
+        return value if heads is None else value.reshape(*value.shape[:2], heads, g.d_head)
+
+
+def _hook(visit: Any, site: Site, value: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+    return visit(value, site)
+
+
+def _module_input(visit: Any, site: Site, module: Any, args: tuple[Any, ...]) -> Any:  # noqa: ARG001
+    value = visit(args[0], site)
+    return None if value is None else (value, *args[1:])
+
+
+assert {*_HOOKED, *_MODULE_INPUTS} >= set(LAYER_SITES)

@@ -1,0 +1,180 @@
+"""Node ids and targets.
+
+A node id is a short typed string with a total round trip: ``Node.parse(str(node)) == node``.
+An unknown form is an error, since an id selects a node and does not describe one.
+
+=================  ==============================  ================================================
+kind               id                              what it is
+=================  ==============================  ================================================
+``attn``           ``attn:5:7515@10``              attention SAE feature: layer, feature, position
+``attn_err``       ``attn_err:5@10``               what the SAE of the layer does not reconstruct
+``attn_bias``      ``attn_bias:5@10``              decoder bias through W_O, and b_O
+``head``           ``head:5.1@10``                 a head's output, in a layer without a dictionary
+``mlp``            ``mlp:3@10``                    raw MLP output
+``embed``          ``embed@4``                     token embedding
+``pos``            ``pos@4``                       learned position embedding
+``logit``          ``logit:" Mary"@14``            a logit; a token id is written ``logit:#5335@14``
+``logit_diff``     ``logit_diff:" Mary"-" John"@14``  logit of the first minus the second
+``direction``      ``direction:"name"@14``         a direction of the final normalised residual
+``const``          ``const:attn:5:7515@10``        the constant of a target, a row of its ledger
+=================  ==============================  ================================================
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sae_attn_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+
+__all__ = ["Direction", "Feature", "Logit", "LogitDiff", "Node", "Target"]
+
+# kind -> what stands between its name and "@position"
+_PATTERNS: dict[str, str] = {
+    "attn": r":(?P<layer>\d+):(?P<feature>\d+)",
+    "attn_err": r":(?P<layer>\d+)",
+    "attn_bias": r":(?P<layer>\d+)",
+    "head": r":(?P<layer>\d+)\.(?P<head>\d+)",
+    "mlp": r":(?P<layer>\d+)",
+    "embed": "",
+    "pos": "",
+    "logit": r":(?P<label>.+)",
+    "logit_diff": r":(?P<label>.+)",
+    "direction": r":(?P<label>.+)",
+}
+KINDS: tuple[str, ...] = (*_PATTERNS, "const")
+TARGET_KINDS: tuple[str, ...] = ("logit", "logit_diff", "direction")
+_KIND = re.compile(r"[a-z_]+")
+_REGEX = {
+    kind: re.compile(kind + body + r"@(?P<position>\d+)", re.DOTALL)
+    for kind, body in _PATTERNS.items()
+}
+_JSON = r'"(?:[^"\\]|\\.)*"'
+_TOKEN = rf"(?:{_JSON}|#\d+)"
+_LABELS = {
+    "logit": re.compile(_TOKEN, re.DOTALL),
+    "logit_diff": re.compile(rf"{_TOKEN}-{_TOKEN}", re.DOTALL),
+    "direction": re.compile(_JSON, re.DOTALL),
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of an attribution graph. ``str(node)`` is its id.
+
+    ``label`` is the part of a logit or direction id between the kind and the position, quoted as
+    JSON; ``of`` is the target whose constant a ``const`` node is.
+    """
+
+    kind: str
+    position: int
+    layer: int | None = None
+    feature: int | None = None
+    head: int | None = None
+    label: str | None = None
+    of: Node | None = None
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "attn":
+                body = f":{self.layer}:{self.feature}"
+            case "attn_err" | "attn_bias" | "mlp":
+                body = f":{self.layer}"
+            case "head":
+                body = f":{self.layer}.{self.head}"
+            case "embed" | "pos":
+                body = ""
+            case "logit" | "logit_diff" | "direction":
+                body = f":{self.label}"
+            case "const":
+                return f"const:{self.of}"
+            case _:
+                raise InputError(f"unknown node kind {self.kind!r}; known kinds: {', '.join(KINDS)}")
+        return f"{self.kind}{body}@{self.position}"
+
+    @classmethod
+    def parse(cls, text: str) -> Node:
+        """The node that an id names.
+
+        Raises:
+            InputError: if the text is not the id of any known kind.
+        """
+        if text.startswith("const:"):
+            of = cls.parse(text.removeprefix("const:"))
+            if of.kind != "attn" and of.kind not in TARGET_KINDS:
+                raise InputError(f"not a node id: {text!r}: only targets have a constant")
+            return cls("const", of.position, of=of)
+        start = _KIND.match(text)
+        kind = start.group() if start else ""
+        match = _REGEX[kind].fullmatch(text) if kind in _REGEX else None
+        if match is None:
+            raise InputError(
+                f"not a node id: {text!r}; expected a form such as attn:5:7515@10, attn_err:5@10, "
+                'embed@4 or logit:" Mary"@14'
+            )
+        fields = match.groupdict()
+        label = fields.get("label")
+        if label is not None and not _LABELS[kind].fullmatch(label):
+            raise InputError(
+                f"not a node id: {text!r}: {label!r} is not a quoted token of {kind!r}"
+            )
+        numbers = {name: int(value) for name, value in fields.items() if name != "label"}
+        node = cls(kind, label=label, **numbers)
+        if str(node) != text:
+            raise InputError(f"not a node id: {text!r}; its canonical form is {str(node)!r}")
+        return node
+
+
+def quote(token: str | int) -> str:
+    """A token as it stands in a node id: JSON for a string, ``#id`` for a number."""
+    return f"#{token}" if isinstance(token, int) else json.dumps(token, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Target: the pre-activation of an attention SAE feature at a position."""
+
+    layer: int
+    feature: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Logit:
+    """Target: a logit, before any final soft-cap. ``token``: a one-token string or an id."""
+
+    token: str | int
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class LogitDiff:
+    """Target: the logit of ``correct`` minus the logit of ``wrong``, before any final soft-cap."""
+
+    correct: str | int
+    wrong: str | int
+    position: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """Target: ``vector . final_norm(residual)``; a column of W_U gives that logit without its bias.
+
+    Args:
+        vector: ``[d_model]``.
+        position: where the final residual is read.
+        name: stands in the node id.
+    """
+
+    vector: Float[torch.Tensor, " d_model"]
+    position: int = -1
+    name: str = "direction"
+
+
+Target = Feature | Logit | LogitDiff | Direction
