@@ -108,7 +108,6 @@ class Dictionary:
             pre_activation=pre[position, feature],
             scale=scale,
             mean=mean,
-            all_pre_activations=pre,
         )
 
     def encoder(
@@ -170,7 +169,6 @@ class Encoded:
     pre_activation: Float[Tensor, " n"]
     scale: Float[Tensor, "positions 1"]
     mean: Float[Tensor, "positions 1"]
-    all_pre_activations: Float[Tensor, "positions d_sae"]
 
 
 # -- sae_lens architectures ----------------------------------------------------------------------

@@ -52,6 +52,7 @@ class HuggingFaceBackend:
         self._nn = NNsight(model) if isinstance(model, nn.Module) else model
         self.model: Any = self._nn._module
         self.tokenizer = tokenizer or getattr(self._nn, "tokenizer", None)
+        self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self._architecture = find_architecture(self.model.config.model_type)
         self.geometry = read_geometry(self.model, self._architecture)
         # nnsight's tracing is bound to the thread that started it.
@@ -115,6 +116,7 @@ class HuggingFaceBackend:
         for layer in sorted(layers):
             block = blocks[layer]
             visit(Site("resid_pre", layer), block, "input")
+            visit(Site("attn_in", layer), submodule(block, arch.norm), "output")
             self._visit_values(Site("v", layer), submodule(block, arch.values), wanted, edits, found)
             projection = submodule(block, arch.out_projection)
             self._visit_z(Site("z", layer), projection, wanted, edits, found)

@@ -28,6 +28,7 @@ class Site(NamedTuple):
     ``embed``         ``[batch, pos, d_model]``       token embedding (scaled where the model does)
     ``pos_embed``     ``[batch, pos, d_model]``       learned position embedding, where there is one
     ``resid_pre``     ``[batch, pos, d_model]``       residual stream before a layer
+    ``attn_in``       ``[batch, pos, d_model]``       normalised input of attention
     ``v``             ``[batch, pos, n_kv, d_head]``  values (with their bias)
     ``z``             ``[batch, pos, head, d_head]``  TransformerLens' ``hook_z``
     ``pattern``       ``[batch, head, query, key]``   attention weights; read only
@@ -47,7 +48,8 @@ class Site(NamedTuple):
         return self.name if self.layer < 0 else f"{self.name}[{self.layer}]"
 
 
-LAYER_SITES = ("resid_pre", "v", "z", "pattern", "attn_out", "mlp_in", "mlp_out")
+LAYER_SITES = ("resid_pre", "attn_in", "v", "z", "pattern", "attn_out", "mlp_in", "mlp_out")
+_NORMALISED_SITES = ("attn_in", "mlp_in")
 MODEL_SITES = ("embed", "pos_embed", "resid_final", "unembed_in", "logits")
 READ_ONLY_SITES = ("pattern", "resid_final", "logits")
 
@@ -165,11 +167,13 @@ class Capture:
 
 
 class Backend(Protocol):
-    """A model seen by the engine. ``host`` names the library it runs on."""
+    """A model seen by the engine. ``host`` names the library it runs on, ``revision`` the commit
+    of its weights where the hub told it."""
 
     host: str
     geometry: Geometry
     tokenizer: Any
+    revision: str | None
 
     def layer_weights(self, layer: int) -> LayerWeights:
         """Weights of one layer, on the model's device, in the model's dtype."""
@@ -198,7 +202,8 @@ class Backend(Protocol):
 
 def capture_sites(geometry: Geometry) -> list[Site]:
     """The sites of a full capture."""
-    names = [n for n in LAYER_SITES if n != "mlp_in" and (geometry.has_mlp or n != "mlp_out")]
+    skipped = {*_NORMALISED_SITES, *([] if geometry.has_mlp else ["mlp_out"])}
+    names = [name for name in LAYER_SITES if name not in skipped]
     model = ["embed", "resid_final"] + ["pos_embed"] * geometry.learned_positions
     return [Site(n) for n in model] + [Site(n, i) for i in range(geometry.n_layers) for n in names]
 
@@ -254,7 +259,8 @@ def self_check(backend: Backend) -> None:
         weights = backend.layer_weights(layer)
         resid, v, z = (run[name, layer] for name in ("resid_pre", "v", "z"))
         same(f"writers sum to resid_pre in layer {layer}", stream, resid)
-        same(f"v = N(resid_pre) W_V + b_V in layer {layer}", weights.values(_apply(weights.norm, resid)), v)
+        values = weights.values(_apply(weights.norm, resid))
+        same(f"v = N(resid_pre) W_V + b_V in layer {layer}", values, v)
         same(f"z = pattern @ v in layer {layer}", mix_values(run["pattern", layer], v), z)
         out = weights.attn_out(z)
         if weights.post_norm is not None:
@@ -264,11 +270,16 @@ def self_check(backend: Backend) -> None:
         if g.has_mlp:
             stream = stream + run["mlp_out", layer]
     same("writers sum to the final residual", stream, run["resid_final", -1])
+    W_U, b_U = backend.unembed()
+    logits = _apply(backend.final_norm(), stream) @ W_U
+    same("logits = N(resid_final) W_U + b_U", logits if b_U is None else logits + b_U, run.logits)
 
     last = Site("z", g.n_layers - 1)
     edited = backend.forward(tokens, {last: lambda z: torch.zeros_like(z) + 3 * z.flip(-1)})
     if torch.equal(edited[Site("logits")], run.logits):
-        raise BackendError(f"{_who(backend)}: an edit at {last} does not change the logits. {_ADVICE}")
+        raise BackendError(
+            f"{_who(backend)}: an edit at {last} does not change the logits. {_ADVICE}"
+        )
 
 
 _ADVICE = "The model is refused, since attributions on it would be wrong."

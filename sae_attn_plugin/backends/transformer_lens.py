@@ -45,6 +45,9 @@ _BRIDGE = {
 }
 # Sites that are the input of a module; both classes name the modules alike.
 _MODULE_INPUTS = {"mlp_in": "blocks.{}.mlp", "resid_final": "ln_final", "unembed_in": "unembed"}
+# Sites that are the output of a module. HookedTransformer calls ln1 once each for q, k and v, so an
+# edit there runs three times on the same value.
+_MODULE_OUTPUTS = {"attn_in": "blocks.{}.ln1"}
 _NORM_KINDS = {"LN": "layer", "LNPre": "layer", "RMS": "rms", "RMSPre": "rms", None: "none"}
 
 
@@ -68,6 +71,9 @@ class TransformerLensBackend:
         self._bridge = isinstance(model, TransformerBridge)
         self.host = "transformer_bridge" if self._bridge else "hooked_transformer"
         self.tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        # HookedTransformer does not keep the commit its weights came from.
+        config = getattr(getattr(model, "original_model", None), "config", None)
+        self.revision: str | None = getattr(config, "_commit_hash", None)
         cfg = model.cfg
         if cfg.normalization_type not in _NORM_KINDS:
             raise UnsupportedError(
@@ -204,10 +210,13 @@ class TransformerLensBackend:
         try:
             for site in sorted(wanted - {Site("logits")}):
                 if site.name in _MODULE_INPUTS:
-                    module = self.model.get_submodule(_MODULE_INPUTS[site.name].format(site.layer))
-                    handles.append(
-                        module.register_forward_pre_hook(functools.partial(_module_input, visit, site))
-                    )
+                    module = self._module(_MODULE_INPUTS, site)
+                    hook = functools.partial(_module_input, visit, site)
+                    handles.append(module.register_forward_pre_hook(hook))
+                elif site.name in _MODULE_OUTPUTS:
+                    module = self._module(_MODULE_OUTPUTS, site)
+                    hook = functools.partial(_module_output, visit, site)
+                    handles.append(module.register_forward_hook(hook))
                 else:
                     hook = functools.partial(_hook, visit, site)
                     hooks.append((names[site.name].format(site.layer), hook))
@@ -225,6 +234,9 @@ class TransformerLensBackend:
             )
         return found
 
+    def _module(self, paths: Mapping[str, str], site: Site) -> torch.nn.Module:
+        return functools.reduce(getattr, paths[site.name].format(site.layer).split("."), self.model)
+
     def _to_site(self, value: Tensor, site: Site) -> Tensor:
         g = self.geometry
         heads = {"z": g.n_heads, "v": g.n_kv_heads}.get(site.name)
@@ -240,4 +252,8 @@ def _module_input(visit: Any, site: Site, module: Any, args: tuple[Any, ...]) ->
     return None if value is None else (value, *args[1:])
 
 
-assert {*_HOOKED, *_MODULE_INPUTS} >= set(LAYER_SITES)
+def _module_output(visit: Any, site: Site, module: Any, args: Any, value: Tensor) -> Any:  # noqa: ARG001
+    return visit(value, site)
+
+
+assert {*_HOOKED, *_MODULE_INPUTS, *_MODULE_OUTPUTS} >= set(LAYER_SITES)

@@ -1,0 +1,171 @@
+"""Writers: the terms whose sum is the residual stream at a position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenRun
+from sae_attn_plugin.nodes import Node
+
+# Kinds by code, as stored in WriterTable.kind.
+KINDS = ("embed", "pos", "attn", "attn_bias", "attn_err", "head", "mlp")
+_CODE = {kind: code for code, kind in enumerate(KINDS)}
+
+
+@dataclass(frozen=True)
+class WriterTable:
+    """Every writer of a frozen run, sorted by position, then by depth.
+
+    Writers at position ``p`` are rows ``starts[p]:starts[p + 1]``; those a reader of layer ``l``
+    sees are the first ``prefix(l)[p]`` of them.
+
+    Attributes:
+        vectors: ``[writer, d_model]``, centred where the model's norms centre what they read.
+        kind: ``[writer]`` codes into :data:`KINDS`; layer: -1 for embeddings; index: feature or
+            head, else -1; position; depth: 0 for embeddings, ``2l + 1`` attention of layer l,
+            ``2l + 2`` its MLP.
+        activation: feature activation, NaN for other kinds.
+        starts: ``[positions + 1]``.
+    """
+
+    vectors: Float[Tensor, "writer d_model"]
+    kind: np.ndarray
+    layer: np.ndarray
+    index: np.ndarray
+    position: np.ndarray
+    depth: np.ndarray
+    activation: np.ndarray
+    pre_activation: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def prefix(self, layer: int) -> np.ndarray:
+        """``[position]``: how many writers at each position feed attention of ``layer``.
+
+        ``layer`` may be the number of layers: then all of them, what the final norm reads.
+        """
+        upstream = np.concatenate([[0], np.cumsum(self.depth < 2 * layer + 1)])
+        return upstream[self.starts[1:]] - upstream[self.starts[:-1]]
+
+    def node(self, row: int) -> Node:
+        kind, layer = KINDS[self.kind[row]], int(self.layer[row])
+        return Node(
+            kind,
+            int(self.position[row]),
+            layer=layer if layer >= 0 else None,
+            feature=int(self.index[row]) if kind == "attn" else None,
+            head=int(self.index[row]) if kind == "head" else None,
+        )
+
+    def features_of(self, layer: int) -> np.ndarray:
+        """Rows of the attention features of a layer."""
+        return np.flatnonzero((self.kind == _CODE["attn"]) & (self.layer == layer))
+
+
+@dataclass
+class _Part:
+    vectors: Tensor
+    kind: str
+    position: Tensor
+    layer: int = -1
+    index: Tensor | None = None
+    activation: Tensor | None = None
+    pre_activation: Tensor | None = None
+
+
+def write_table(run: FrozenRun) -> WriterTable:
+    """Collect every writer of a frozen run."""
+    everywhere = torch.arange(run.n_positions, device=run.embed.device)
+    parts = [_Part(run.embed, "embed", everywhere)]
+    if run.pos_embed is not None:
+        parts.append(_Part(run.pos_embed, "pos", everywhere))
+    for number, layer in enumerate(run.layers):
+        parts += _attention_parts(number, layer, everywhere)
+        if layer.mlp_out is not None:
+            parts.append(_Part(layer.mlp_out, "mlp", everywhere, number))
+    return _assemble(parts, run)
+
+
+def _attention_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> list[_Part]:
+    weights, dtype = layer.weights, layer.z.dtype
+    bias = weights.b_O.expand(len(everywhere), -1)
+    if layer.dictionary is None or layer.encoded is None:
+        n_heads = layer.z.shape[1]
+        # One head at a time through its own slice of W_O.
+        heads = torch.einsum("phe,hed->phd", layer.z, weights.W_O)
+        position = everywhere.repeat_interleave(n_heads)
+        vectors = layer.after(heads.flatten(0, 1), position)
+        index = torch.arange(n_heads, device=everywhere.device).repeat(len(everywhere))
+        parts = [_Part(vectors, "head", position, number, index)]
+    else:
+        dictionary, encoded = layer.dictionary, layer.encoded
+        unique, inverse = encoded.feature.unique(return_inverse=True)
+        rows = dictionary.decoder(unique, dtype).flatten(-2) @ weights.W_O.flatten(0, 1)
+        strength = encoded.activation * encoded.scale[encoded.position, 0]
+        vectors = layer.after(rows[inverse] * strength[:, None], encoded.position)
+        parts = [
+            _Part(
+                vectors,
+                "attn",
+                encoded.position,
+                number,
+                encoded.feature,
+                encoded.activation,
+                encoded.pre_activation,
+            ),
+            _Part(layer.to_residual(layer.error, everywhere), "attn_err", everywhere, number),
+        ]
+        reconstruction_bias = dictionary.bias(encoded.scale, encoded.mean)
+        bias = bias + reconstruction_bias.flatten(-2) @ weights.W_O.flatten(0, 1)
+    bias = layer.after(bias, everywhere)
+    if weights.post_norm is not None and weights.post_norm.bias is not None:
+        bias = bias + weights.post_norm.bias
+    return [*parts, _Part(bias, "attn_bias", everywhere, number)]
+
+
+def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
+    def column(get: object, fill: float, dtype: type) -> np.ndarray:
+        columns = []
+        for part in parts:
+            value = get(part)  # type: ignore[operator]
+            size = len(part.position)
+            columns.append(
+                value.numpy(force=True)
+                if isinstance(value, Tensor)
+                else np.full(size, fill if value is None else value)
+            )
+        return np.concatenate(columns).astype(dtype)
+
+    position = column(lambda part: part.position, -1, np.int32)
+    depth = column(_depth, 0, np.int32)
+    order = np.lexsort((depth, position))  # stable: features keep their order
+    vectors = torch.cat([part.vectors for part in parts])
+    vectors = vectors[torch.from_numpy(order).to(vectors.device)]
+    if run.normalization == "layer":
+        # Centring is symmetric, so it moves from every reader to the writers, once.
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    position = position[order]
+    return WriterTable(
+        vectors=vectors,
+        kind=column(lambda part: _CODE[part.kind], 0, np.int8)[order],
+        layer=column(lambda part: part.layer, -1, np.int16)[order],
+        index=column(lambda part: part.index, -1, np.int32)[order],
+        position=position,
+        depth=depth[order],
+        activation=column(lambda part: part.activation, np.nan, np.float64)[order],
+        pre_activation=column(lambda part: part.pre_activation, np.nan, np.float64)[order],
+        starts=np.searchsorted(position, np.arange(run.n_positions + 1)),
+    )
+
+
+def _depth(part: _Part) -> int:
+    if part.layer < 0:
+        return 0
+    return 2 * part.layer + (2 if part.kind == "mlp" else 1)

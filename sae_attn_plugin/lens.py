@@ -1,0 +1,426 @@
+"""FeatureLens: a model and its attention SAEs, and what they say about a prompt."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_attn_plugin.attribution.dfa import DFA, direct_feature_attribution
+from sae_attn_plugin.attribution.frozen import FrozenRun, freeze
+from sae_attn_plugin.attribution.rdfa import FeatureRoot, edges_by_head, sweep
+from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
+from sae_attn_plugin.attribution.table import Attribution
+from sae_attn_plugin.attribution.writers import WriterTable, write_table
+from sae_attn_plugin.backends import as_backend
+from sae_attn_plugin.backends.protocol import Capture, capture
+from sae_attn_plugin.dictionaries import place
+from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.interventions import apply
+from sae_attn_plugin.interventions.edits import Edit
+from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote
+from sae_attn_plugin.tokens import (
+    check_ids,
+    encode_prompt,
+    need_tokenizer,
+    own_convention,
+    single_token,
+    token_label,
+    token_strings,
+)
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+_PROGRESS_LAYERS = 12  # fewer layers are done before a bar could be read
+_TOP_LOGITS, _TOP_PROBABILITY = 10, 0.95  # as circuit-tracer's default targets
+
+
+class FeatureLens:
+    """A model seen through its attention-output SAEs.
+
+    Args:
+        model: ``HookedTransformer``, ``HookedSAETransformer``, ``TransformerBridge``, an nnsight
+            model, or a bare Hugging Face model (which nnsight then runs).
+        saes: a dict or list of sae_lens SAEs on ``hook_z`` (the hook names in their metadata say
+            where they belong), a folder, or a sae_lens release name such as
+            ``"gpt2-small-hook-z-kk"``. Layers without one are split by head instead.
+        tokenizer: default: the model object's own.
+        prepend_bos: whether string prompts get a BOS token. None: as the SAEs' metadata says,
+            else the tokenizer's own convention.
+
+    Raises:
+        InputError, UnsupportedError, BackendError: what does not fit, and what to do.
+
+    The model is neither changed nor hooked between calls; SAEs are never attached to it.
+    """
+
+    def __init__(
+        self, model: Any, saes: Any, *, tokenizer: Any = None, prepend_bos: bool | None = None
+    ) -> None:
+        self.backend = as_backend(model, tokenizer)
+        self.dictionaries = place(saes, self.backend.geometry)
+        self._prepend_bos = prepend_bos
+
+    def __repr__(self) -> str:
+        g = self.backend.geometry
+        layers = ", ".join(map(str, self.dictionaries))
+        return (
+            f"FeatureLens({g.model_name} on {self.backend.host}: {g.n_layers} layers, "
+            f"{g.n_heads} heads; SAEs on hook_z of layers {layers})"
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.backend.tokenizer
+
+    @functools.cached_property
+    def prepend_bos(self) -> bool:
+        """Whether string prompts get a BOS token."""
+        if self._prepend_bos is not None:
+            return self._prepend_bos
+        said = {d.prepend_bos for d in self.dictionaries.values()} - {None}
+        if len(said) > 1:
+            raise InputError(
+                "the SAEs disagree on prepend_bos; pass prepend_bos=True or False to FeatureLens"
+            )
+        return said.pop() if said else own_convention(need_tokenizer(self.tokenizer))
+
+    def to_tokens(self, prompt: str | Sequence[Any] | Tensor) -> Int[Tensor, "batch position"]:
+        """Token ids of a prompt, a list of prompts of equal length, or token ids."""
+        g = self.backend.geometry
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        if len(prompt) == 0:
+            raise InputError("no prompt given; expected a string, a list of strings or token ids")
+        if not isinstance(prompt, Tensor) and all(isinstance(text, str) for text in prompt):
+            rows = [encode_prompt(self.tokenizer, text, self.prepend_bos) for text in prompt]
+            lengths = sorted({len(row) for row in rows})
+            if len(lengths) > 1:
+                raise InputError(
+                    f"the prompts have {lengths[0]} to {lengths[-1]} tokens; prompts run together "
+                    "must have equal length: run them one by one"
+                )
+            prompt = rows
+        return check_ids(prompt, g.d_vocab, g.n_ctx, g.device)
+
+    def run(self, prompt: str | Sequence[Any] | Tensor) -> Run:
+        """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``."""
+        tokens = self.to_tokens(prompt)
+        texts: tuple[str | None, ...] = (None,) * len(tokens)
+        if isinstance(prompt, str):
+            texts = (prompt,)
+        elif not isinstance(prompt, Tensor) and all(isinstance(text, str) for text in prompt):
+            texts = tuple(prompt)
+        return Run(self, capture(self.backend, tokens), texts)
+
+    def intervene(
+        self, run: Run, edits: Sequence[Edit], freeze: Iterable[str] = ()
+    ) -> apply.InterventionResult:
+        """Run the model again with features edited; see :func:`interventions.apply.intervene`."""
+        return apply.intervene(self, run, edits, freeze)
+
+
+class Run:
+    """One forward pass: what attention computed on a prompt, and from where.
+
+    A run over several prompts holds them side by side; ``run[i]`` is the run of one.
+
+    Attributes:
+        tokens: ``[batch, position]`` ids.
+        logits: ``[batch, position, d_vocab]``.
+        prompts: the strings, where strings were given.
+    """
+
+    def __init__(self, lens: FeatureLens, captured: Capture, prompts: tuple[str | None, ...]) -> None:
+        self.lens = lens
+        self.capture = captured
+        self.prompts = prompts
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch position"]:
+        return self.capture.tokens
+
+    @property
+    def logits(self) -> Float[Tensor, "batch position d_vocab"]:
+        return self.capture.logits
+
+    @functools.cached_property
+    def token_strings(self) -> tuple[str, ...]:
+        """The prompt's tokens as text."""
+        return token_strings(self.lens.tokenizer, self._one.tokens[0].tolist())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Run:
+        index = range(len(self))[index]  # IndexError past the end, as for a list
+        values = {site: value[index : index + 1] for site, value in self.capture.values.items()}
+        return Run(
+            self.lens,
+            Capture(self.tokens[index : index + 1], values),
+            self.prompts[index : index + 1],
+        )
+
+    def __repr__(self) -> str:
+        return f"Run of {len(self)} prompt(s), {self.tokens.shape[1]} tokens"
+
+    @property
+    def _one(self) -> Run:
+        if len(self) != 1:
+            raise InputError(f"this run holds {len(self)} prompts; pick one: run[i]")
+        return self
+
+    @functools.cached_property
+    def frozen(self) -> FrozenRun:
+        """The run with patterns and norm scales held constant, as plain tensors."""
+        return freeze(self.lens.backend, self._one.capture, self.lens.dictionaries)
+
+    @functools.cached_property
+    def writers(self) -> WriterTable:
+        """Every term of the residual stream."""
+        return write_table(self.frozen)
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def features(self, layer: int | None = None, position: int | None = None) -> pd.DataFrame:
+        """Active features: ``layer, position, token, feature, activation, pre_activation``.
+
+        Args:
+            layer: one layer only. position: one position only, negative from the end.
+        """
+        if len(self) > 1:
+            frames = [self[i].features(layer, position) for i in range(len(self))]
+            return pd.concat(frames, keys=range(len(self)), names=["prompt", None]).reset_index(
+                level="prompt"
+            )
+        layers = self.lens.dictionaries if layer is None else [self.resolve_layer(layer)]
+        frames = []
+        for number in layers:
+            encoded = self.frozen.layers[number].encoded
+            assert encoded is not None
+            positions = encoded.position.numpy(force=True)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "layer": number,
+                        "position": positions,
+                        "token": [self.token_strings[p] for p in positions],
+                        "feature": encoded.feature.numpy(force=True),
+                        "activation": encoded.activation.numpy(force=True),
+                        "pre_activation": encoded.pre_activation.numpy(force=True),
+                    }
+                )
+            )
+        frame = pd.concat(frames, ignore_index=True)
+        if position is not None:
+            frame = frame[frame["position"] == self.resolve_position(position)].reset_index(drop=True)
+        return frame
+
+    def dfa(self, layer: int, feature: int, position: int = -1) -> DFA:
+        """Direct feature attribution of a feature at a destination position, active or not."""
+        number, at = self.resolve_layer(layer), self.resolve_position(position)
+        self.resolve_feature(number, feature)
+        split, constant, pre = direct_feature_attribution(self.frozen.layers[number], feature, at)
+        return DFA(number, feature, at, split, constant, pre, self.token_strings)
+
+    def attribute(
+        self,
+        target: Target | Sequence[Target] | None = None,
+        *,
+        node_budget: int | None = 2000,
+        edges_per_target: int | None = None,
+        memory_budget: int = 512 * 2**20,
+        progress: bool | None = None,
+    ) -> Attribution:
+        """Recursive DFA: who writes what the target reads, down to the tokens.
+
+        Args:
+            target: one target or several (weighted equally). None: the top logits at the last
+                position, cumulative probability 0.95 and ten at most, weighted by probability.
+            node_budget: how many features get their own in-edges, most influential first; None:
+                all that reach the target. Each target's ledger closes either way.
+            edges_per_target: keep only the strongest edges of each target; the rest is summed in
+                the ledger. None: all.
+            memory_budget: bytes for edges in flight.
+            progress: show a bar; None: for large models only, on a terminal.
+        """
+        for name, value in (("node_budget", node_budget), ("edges_per_target", edges_per_target)):
+            if value is not None and value < (name == "edges_per_target"):
+                raise InputError(f"{name}={value} is out of range")
+        self._one  # noqa: B018 - refuses several prompts
+        if target is None:
+            targets, weights = self._top_logits()
+        else:
+            targets = list(target) if isinstance(target, Sequence) else [target]
+            weights = [1 / max(len(targets), 1)] * len(targets)
+        if not targets:
+            raise InputError("no target given")
+        resolved = [self._resolve(one) for one in targets]
+        nodes = [node for node, _ in resolved]
+        if len(set(nodes)) < len(nodes):
+            raise InputError(f"the same target twice: {', '.join(map(str, nodes))}")
+        n_layers = len(self.frozen.layers)
+        if progress is None:
+            progress = n_layers >= _PROGRESS_LAYERS and sys.stderr.isatty()
+        with tqdm(total=n_layers, desc="attributing", disable=not progress, leave=False) as bar:
+            flow = sweep(
+                self.frozen,
+                self.writers,
+                [root for _, root in resolved],
+                weights,
+                node_budget=node_budget,
+                edges_per_target=edges_per_target,
+                memory_budget=memory_budget,
+                progress=lambda _layer: bar.update(),
+            )
+        return Attribution(
+            flow=flow,
+            writers=self.writers,
+            roots=dict(zip(flow.roots, nodes, strict=True)),
+            tokens=self.token_strings,
+            provenance={
+                **self._provenance(),
+                "node_budget": node_budget,
+                "edges_per_target": edges_per_target,
+            },
+            head_split=functools.partial(edges_by_head, self.frozen, self.writers),
+            neuronpedia={
+                layer: f"https://www.neuronpedia.org/{d.metadata['neuronpedia_id']}"
+                for layer, d in self.lens.dictionaries.items()
+                if d.metadata.get("neuronpedia_id")
+            },
+        )
+
+    def graph(
+        self,
+        target: Target | Sequence[Target] | None = None,
+        *,
+        nodes: float = 0.8,
+        edges: float = 0.98,
+        max_nodes: int | None = None,
+        node_budget: int | None = 2000,
+    ) -> nx.DiGraph:
+        """``attribute(target).prune(nodes, edges).to_networkx()`` in one call."""
+        pruned = self.attribute(target, node_budget=node_budget).prune(nodes, edges, max_nodes)
+        graph = pruned.to_networkx()
+        graph.graph["pruning"] = {"nodes": nodes, "edges": edges, "max_nodes": max_nodes}
+        return graph
+
+    # -- resolving -------------------------------------------------------------------------------
+
+    def resolve_layer(self, layer: int) -> int:
+        if layer not in self.lens.dictionaries:
+            known = ", ".join(map(str, self.lens.dictionaries))
+            raise InputError(f"no SAE in layer {layer}; layers with one: {known}")
+        return layer
+
+    def resolve_position(self, position: int) -> int:
+        length = self.tokens.shape[1]
+        if not -length <= position < length:
+            raise InputError(
+                f"position {position} is out of range: the prompt has {length} tokens "
+                f"(0..{length - 1}, or -{length}..-1 from the end)"
+            )
+        return position % length
+
+    def resolve_feature(self, layer: int, feature: int) -> int:
+        d_sae = self.lens.dictionaries[layer].d_sae
+        if not 0 <= feature < d_sae:
+            raise InputError(
+                f"feature {feature} is out of range: the SAE of layer {layer} has {d_sae} features "
+                f"(0..{d_sae - 1})"
+            )
+        return feature
+
+    def resolve_token(self, token: str | int) -> tuple[int, str]:
+        d_vocab = self.lens.backend.geometry.d_vocab
+        number = single_token(self.lens.tokenizer, token, d_vocab)
+        return number, quote(token_label(self.lens.tokenizer, number, d_vocab))
+
+    def _resolve(self, target: Target) -> tuple[Node, StreamReader | FeatureRoot]:
+        run, logits = self.frozen, self.logits[0]
+        if isinstance(target, Feature):
+            layer, position = self.resolve_layer(target.layer), self.resolve_position(target.position)
+            feature = self.resolve_feature(layer, target.feature)
+            node = Node("attn", position, layer=layer, feature=feature)
+            return node, FeatureRoot(layer, feature, position)
+        position = self.resolve_position(target.position)
+        bias = run.b_U
+        if isinstance(target, Logit):
+            token, label = self.resolve_token(target.token)
+            offset = 0.0 if bias is None else float(bias[token])
+            node = Node("logit", position, label=label)
+            reader = logit_reader(run, run.W_U[:, token], position, offset)
+            return node, _measured(reader, float(logits[position, token]))
+        if isinstance(target, LogitDiff):
+            correct, first = self.resolve_token(target.correct)
+            wrong, second = self.resolve_token(target.wrong)
+            if correct == wrong:
+                raise InputError(f"LogitDiff of the token {first} with itself is always 0")
+            direction = run.W_U[:, correct].to(run.dtype) - run.W_U[:, wrong].to(run.dtype)
+            offset = 0.0 if bias is None else float(bias[correct] - bias[wrong])
+            node = Node("logit_diff", position, label=f"{first}-{second}")
+            measured = logits[position, correct].double() - logits[position, wrong].double()
+            return node, _measured(logit_reader(run, direction, position, offset), float(measured))
+        if isinstance(target, Direction):
+            d_model = run.embed.shape[1]
+            if tuple(target.vector.shape) != (d_model,):
+                raise InputError(
+                    f"Direction: expected a vector [{d_model}], got {list(target.vector.shape)}"
+                )
+            if not torch.isfinite(target.vector).all():
+                raise InputError("Direction: the vector holds NaN or infinity")
+            node = Node("direction", position, label=quote(target.name))
+            return node, logit_reader(run, target.vector.to(run.embed.device), position)
+        raise InputError(
+            f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"
+        )
+
+    def _top_logits(self) -> tuple[list[Target], list[float]]:
+        probabilities = self.logits[0, -1].float().softmax(-1)
+        top = probabilities.topk(min(_TOP_LOGITS, len(probabilities)))
+        # the first token is always in; one more is while the sum before it is short of the share
+        before = top.values.cumsum(0) - top.values
+        count = int((before < _TOP_PROBABILITY).sum())
+        weights = (top.values[:count] / top.values[:count].sum()).tolist()
+        return [Logit(int(token)) for token in top.indices[:count]], weights
+
+    def _provenance(self) -> Mapping[str, Any]:
+        g, lens = self.lens.backend.geometry, self.lens
+        return {
+            "model": g.model_name,
+            "revision": lens.backend.revision,
+            "backend": lens.backend.host,
+            "dtype": str(g.dtype).removeprefix("torch."),
+            "saes": {str(layer): d.sae_id for layer, d in lens.dictionaries.items()},
+            "prompt": self.prompts[0],
+            "token_ids": self.tokens[0].tolist(),
+            "versions": _versions(),
+        }
+
+
+def _measured(reader: StreamReader, value: float) -> StreamReader:
+    """The value of a logit target is what the model itself computed."""
+    return StreamReader(reader.vector, reader.position, reader.constant, value)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    names = ("sae-attn-plugin", "sae-lens", "transformer-lens", "nnsight", "torch", "transformers")
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
