@@ -28,7 +28,7 @@ def load_model(
         backend: ``"transformer_lens"``: ``HookedTransformer`` without weight processing (a folder
             whose architecture :func:`to_hooked_transformer` cannot convert becomes a
             ``TransformerBridge``); ``"transformer_bridge"``; ``"nnsight"``: the Hugging Face model
-            with eager attention and its tokenizer, wrapped by nnsight.
+            with eager attention and its tokenizer, as nnsight's ``TransformersModel``.
 
     Raises:
         InputError: no such folder and no such model, or an unknown backend.
@@ -51,12 +51,9 @@ def load_model(
 
     model, tokenizer = load_huggingface(name, device, dtype)
     if backend == "nnsight":
-        from nnsight import NNsight
+        from nnsight import TransformersModel
 
-        wrapped = NNsight(model)
-        # NNsight keeps no tokenizer; the backend looks for one under this name.
-        object.__setattr__(wrapped, "tokenizer", tokenizer)
-        return wrapped
+        return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
     if backend == "transformer_lens":
         with contextlib.suppress(UnsupportedError):
             return to_hooked_transformer(model, tokenizer)

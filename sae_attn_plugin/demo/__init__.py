@@ -1,0 +1,66 @@
+"""The demo model: a small GPT-2 trained on IOI sentences, repeated tokens and simple prose.
+
+The model and an attention-z SAE for each of its layers ship with the package, so everything can be
+tried offline. ``docs/demo-model.md`` tells how they were made and what they reach.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_attn_plugin.backends.loading import Host
+    from sae_attn_plugin.lens import FeatureLens
+
+__all__ = ["MODEL_PATH", "SAES_PATH", "IOIPrompt", "ioi_prompt", "load", "load_model", "load_saes"]
+
+MODEL_PATH = Path(__file__).parent / "model"
+SAES_PATH = Path(__file__).parent / "saes"
+
+
+class IOIPrompt(str):
+    """A prompt of the indirect object identification task; a string that knows its answer.
+
+    Attributes:
+        correct, wrong: the indirect object and the subject, as tokens.
+        positions: token positions, BOS counted, of IO, S1, S2 and END.
+    """
+
+    correct: str
+    wrong: str
+    positions: dict[str, int]
+
+
+def ioi_prompt() -> IOIPrompt:
+    """The prompt of ``sae-attn demo``."""
+    prompt = IOIPrompt("When John and Mary went to the store, John gave a drink to")
+    prompt.correct, prompt.wrong = " Mary", " John"
+    prompt.positions = {"S1": 2, "IO": 4, "S2": 10, "END": 14}
+    return prompt
+
+
+def load(backend: Host = "transformer_lens") -> FeatureLens:
+    """The demo model with its SAEs, ready for prompts.
+
+    Args:
+        backend: ``"transformer_lens"`` (``HookedTransformer``), ``"transformer_bridge"`` or
+            ``"nnsight"``.
+    """
+    from sae_attn_plugin.lens import FeatureLens
+
+    return FeatureLens(load_model(backend), load_saes())
+
+
+def load_model(backend: Host = "transformer_lens") -> Any:
+    """The demo model alone."""
+    from sae_attn_plugin.backends.loading import load_model as load_any
+
+    return load_any(MODEL_PATH, backend)
+
+
+def load_saes() -> dict[str, Any]:
+    """The demo SAEs by hook name, as plain sae_lens SAEs."""
+    from sae_attn_plugin.dictionaries import load_saes as load_any
+
+    return load_any(SAES_PATH)
