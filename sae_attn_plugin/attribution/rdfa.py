@@ -165,8 +165,8 @@ def sweep(
                 2 * n_layers + 1,
                 columns,
                 weights,
-                torch.tensor([root.constant]),
-                torch.tensor([root.value]),
+                torch.tensor([root.constant], dtype=torch.float64),
+                torch.tensor([root.value], dtype=torch.float64),
                 edges_per_target,
             )
             _push(influence, torch.from_numpy(columns).to(device), weights, start[number : number + 1])
