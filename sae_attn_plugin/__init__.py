@@ -1,4 +1,4 @@
-"""Attention-output sparse autoencoders for sae_lens: exact attribution graphs of attention features.
+"""Attention-output sparse autoencoders for sae_lens: exact attribution graphs of their features.
 
 Importing the package registers it with sae_lens: at once when sae_lens is imported already, else as
 soon as it is. Public names load on first use, so that the import itself costs next to nothing.

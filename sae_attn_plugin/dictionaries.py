@@ -149,7 +149,9 @@ class Dictionary:
 
     def bias(self, scale: Tensor, mean: Tensor) -> Float[Tensor, "... head d_head"]:
         """What the reconstruction holds without any feature, ``[..., head, d_head]``."""
-        return (self.b_dec.to(scale.dtype) * scale + mean).unflatten(-1, (self.n_heads, self.d_head))
+        return (self.b_dec.to(scale.dtype) * scale + mean).unflatten(
+            -1, (self.n_heads, self.d_head)
+        )
 
     def decode(self, encoded: Encoded) -> Float[Tensor, "n head d_head"]:
         """The reconstruction of z from its sparse features."""
@@ -256,7 +258,7 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
         )
         raise UnsupportedError(
             f"{name} cannot be attributed: {reason}; supported: {', '.join(_ARCHITECTURES)} "
-            "(batchtopk and matryoshka SAEs are saved by sae_lens as jumprelu: save and reload them)"
+            "(sae_lens saves batchtopk and matryoshka SAEs as jumprelu: save and reload them)"
         )
     match = _HOOK_NAMES.fullmatch(hook_name or "")
     if match is None:
@@ -277,8 +279,8 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
     width = geometry.n_heads * geometry.d_head
     if cfg.d_in != width:
         raise InputError(
-            f"{name} has d_in {cfg.d_in}, but hook_z of {geometry.model_name} is {geometry.n_heads} "
-            f"heads x {geometry.d_head} = {width} wide"
+            f"{name} has d_in {cfg.d_in}, but hook_z of {geometry.model_name} is "
+            f"{geometry.n_heads} heads x {geometry.d_head} = {width} wide"
         )
     if cfg.normalize_activations not in _NORMALISATIONS:
         raise UnsupportedError(
@@ -286,7 +288,7 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
             f"supported: {', '.join(_NORMALISATIONS)}"
         )
     with torch.no_grad():
-        parts = {
+        parts: dict[str, Any] = {
             key: value.detach() if isinstance(value, Tensor) else value
             for key, value in _ARCHITECTURES[architecture](sae).items()
         }
@@ -368,8 +370,10 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
 
     path = Path(source)
     if path.is_dir():
-        folders = [path] if (path / "cfg.json").is_file() else sorted(
-            child.parent for child in path.glob("*/cfg.json")
+        folders = (
+            [path]
+            if (path / "cfg.json").is_file()
+            else sorted(child.parent for child in path.glob("*/cfg.json"))
         )
         if not folders:
             raise InputError(
@@ -390,7 +394,8 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         sae, _config, density = SAE.from_pretrained_with_cfg_and_sparsity(
             str(source), sae_id, device=device
         )
-        sae.sparsity = density
+        if density is not None:
+            sae.sparsity = density
         loaded[sae_id] = sae
     return loaded
 
@@ -404,7 +409,9 @@ def _with_density(sae: Any, folder: Path) -> Any:
     return sae
 
 
-def head_attribution(sae: Any, n_heads: int | None = None, dead_below: float = 1e-6) -> pd.DataFrame:
+def head_attribution(
+    sae: Any, n_heads: int | None = None, dead_below: float = 1e-6
+) -> pd.DataFrame:
     """Weight-based head attribution (Kissane et al. 2024): share of each head in a decoder row.
 
     ``share_h = |d_{i,h}|_2 / sum_j |d_{i,j}|_2`` over the slices of the decoder row.

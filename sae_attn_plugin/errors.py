@@ -1,4 +1,4 @@
-"""The package's own exceptions: every refusal says what was given, what was expected, what to do."""
+"""The package's exceptions: each says what was given, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class UnsupportedError(SaeAttnError, NotImplementedError):
 
 
 class BackendError(SaeAttnError, RuntimeError):
-    """A model does not behave as its architecture says; the message names the identity that failed."""
+    """A model does not behave as its architecture says; the message names what failed."""
 
 
 class FileError(SaeAttnError, OSError):

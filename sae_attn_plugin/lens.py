@@ -87,7 +87,9 @@ class FeatureLens:
         """Whether string prompts get a BOS token."""
         if self._prepend_bos is not None:
             return self._prepend_bos
-        said = {d.prepend_bos for d in self.dictionaries.values()} - {None}
+        said = {
+            bool(d.prepend_bos) for d in self.dictionaries.values() if d.prepend_bos is not None
+        }
         if len(said) > 1:
             raise InputError(
                 "the SAEs disagree on prepend_bos; pass prepend_bos=True or False to FeatureLens"
@@ -140,7 +142,9 @@ class Run:
         prompts: the strings, where strings were given.
     """
 
-    def __init__(self, lens: FeatureLens, captured: Capture, prompts: tuple[str | None, ...]) -> None:
+    def __init__(
+        self, lens: FeatureLens, captured: Capture, prompts: tuple[str | None, ...]
+    ) -> None:
         self.lens = lens
         self.capture = captured
         self.prompts = prompts
@@ -222,7 +226,9 @@ class Run:
             )
         frame = pd.concat(frames, ignore_index=True)
         if position is not None:
-            frame = frame[frame["position"] == self.resolve_position(position)].reset_index(drop=True)
+            frame = frame[frame["position"] == self.resolve_position(position)].reset_index(
+                drop=True
+            )
         return frame
 
     def dfa(self, layer: int, feature: int, position: int = -1) -> DFA:
@@ -349,7 +355,10 @@ class Run:
     def _resolve(self, target: Target) -> tuple[Node, StreamReader | FeatureRoot]:
         run, logits = self.frozen, self.logits[0]
         if isinstance(target, Feature):
-            layer, position = self.resolve_layer(target.layer), self.resolve_position(target.position)
+            layer, position = (
+                self.resolve_layer(target.layer),
+                self.resolve_position(target.position),
+            )
             feature = self.resolve_feature(layer, target.feature)
             node = Node("attn", position, layer=layer, feature=feature)
             return node, FeatureRoot(layer, feature, position)

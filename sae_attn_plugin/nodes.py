@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_attn_plugin.errors import InputError
 
@@ -95,7 +95,9 @@ class Node:
             case "const":
                 return f"const:{self.of}"
             case _:
-                raise InputError(f"unknown node kind {self.kind!r}; known kinds: {', '.join(KINDS)}")
+                raise InputError(
+                    f"unknown node kind {self.kind!r}; known kinds: {', '.join(KINDS)}"
+                )
         return f"{self.kind}{body}@{self.position}"
 
     @classmethod
@@ -124,7 +126,9 @@ class Node:
             raise InputError(
                 f"not a node id: {text!r}: {label!r} is not a quoted token of {kind!r}"
             )
-        numbers = {name: int(value) for name, value in fields.items() if name != "label"}
+        numbers: dict[str, Any] = {
+            name: int(value) for name, value in fields.items() if name != "label"
+        }
         node = cls(kind, label=label, **numbers)
         if str(node) != text:
             raise InputError(f"not a node id: {text!r}; its canonical form is {str(node)!r}")

@@ -56,8 +56,8 @@ def encode_prompt(tokenizer: Any, prompt: str, prepend_bos: bool) -> list[int]:
     if unknown is not None and unknown in ids and unknown != tokenizer.bos_token_id:
         words = [word for word in prompt.split() if unknown in _ids(tokenizer, " " + word)]
         raise InputError(
-            f"the tokenizer does not know: {', '.join(map(repr, words)) or repr(prompt)}; use words "
-            "of its vocabulary (tokenizer.get_vocab())"
+            f"the tokenizer does not know: {', '.join(map(repr, words)) or repr(prompt)}; use "
+            "words of its vocabulary (tokenizer.get_vocab())"
         )
     if prepend_bos:
         bos = tokenizer.bos_token_id

@@ -129,7 +129,9 @@ def freeze(
                 mlp_out=get("mlp_out", index) if g.has_mlp else None,
                 dictionary=dictionary,
                 encoded=encoded,
-                error=z if dictionary is None or encoded is None else z - dictionary.decode(encoded),
+                error=z
+                if dictionary is None or encoded is None
+                else z - dictionary.decode(encoded),
             )
         )
     final_norm = backend.final_norm().to(dtype)

@@ -102,9 +102,7 @@ class _Rows:
         self.value.append(value.double().numpy(force=True))
         self.dropped.append(dropped)
 
-    def finish(
-        self, roots: Sequence[int], root_weight: np.ndarray, influence: np.ndarray
-    ) -> Flow:
+    def finish(self, roots: Sequence[int], root_weight: np.ndarray, influence: np.ndarray) -> Flow:
         return Flow(
             roots=tuple(roots),
             target=np.concatenate(self.target),
@@ -169,7 +167,9 @@ def sweep(
                 torch.tensor([root.value], dtype=torch.float64),
                 edges_per_target,
             )
-            _push(influence, torch.from_numpy(columns).to(device), weights, start[number : number + 1])
+            _push(
+                influence, torch.from_numpy(columns).to(device), weights, start[number : number + 1]
+            )
 
     remaining = node_budget
     for layer in range(n_layers - 1, -1, -1):

@@ -134,7 +134,9 @@ class Attribution:
         target = np.repeat(self.flow.target, np.diff(self.flow.start))[self.flow.weight != 0]
         source = self.flow.source[self.flow.weight != 0]
         parsed = {int(n): self._node(int(n)) for n in self.flow.target}
-        layer = np.array([-1 if (i := parsed[int(n)].layer) is None else i for n in target], dtype=int)
+        layer = np.array(
+            [-1 if (i := parsed[int(n)].layer) is None else i for n in target], dtype=int
+        )
         frames = [frame[layer < 0].assign(head=pd.NA)]
         for number in np.unique(layer[layer >= 0]):
             at = np.flatnonzero(layer == number)
@@ -156,7 +158,11 @@ class Attribution:
         return {
             int(number): (in_sum, constant, dropped, value)
             for number, in_sum, constant, dropped, value in zip(
-                flow.target, _row_sums(flow, flow.weight), flow.constant, flow.dropped, flow.value,
+                flow.target,
+                _row_sums(flow, flow.weight),
+                flow.constant,
+                flow.dropped,
+                flow.value,
                 strict=True,
             )
         }
@@ -262,13 +268,12 @@ class Attribution:
 
 
 def _row_sums(flow: Flow, values: np.ndarray) -> np.ndarray:
-    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    if values.dtype.itemsize <= 4:
-        return sums[flow.start[1:]] - sums[flow.start[:-1]]
-    # In float64 a running sum over all rows would lose what the ledger promises.
-    return np.array(
-        [values[a:b].sum() for a, b in zip(flow.start[:-1], flow.start[1:], strict=True)]
-    )
+    """Sum of each row's values, in float64."""
+    filled = np.diff(flow.start) > 0  # reduceat gives a row without edges its neighbour's value
+    sums = np.zeros(len(filled))
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, flow.start[:-1][filled], dtype=np.float64)
+    return sums
 
 
 def _shares(flow: Flow) -> np.ndarray:
@@ -316,8 +321,7 @@ def _top_share(score: np.ndarray, share: float, limit: int | None) -> np.ndarray
 def _subset(flow: Flow, keep: np.ndarray, alive: np.ndarray) -> Flow:
     """The rows of live targets with their kept edges; the rest goes to ``dropped``."""
     lost = _row_sums(flow, np.where(keep, 0, flow.weight))
-    counts = np.add.reduceat(np.append(keep, False).astype(np.int64), flow.start[:-1])
-    counts[np.diff(flow.start) == 0] = 0
+    counts = _row_sums(flow, keep).astype(np.int64)
     row = alive[flow.target]
     return replace(
         flow,

@@ -28,6 +28,7 @@ def as_backend(model: Any, tokenizer: Any = None) -> Backend:
     if {"host", "geometry", "forward", "layer_weights"} <= set(dir(model)):
         return model
     raise InputError(
-        f"{type(model).__module__}.{type(model).__qualname__} is not a model this package can host; "
-        "expected a HookedTransformer, a TransformerBridge, an nnsight model or a Hugging Face model"
+        f"{type(model).__module__}.{type(model).__qualname__} is not a model this package can "
+        "host; expected a HookedTransformer, a TransformerBridge, an nnsight model or a Hugging "
+        "Face model"
     )

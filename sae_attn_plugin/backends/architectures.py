@@ -104,8 +104,9 @@ def find_architecture(model_type: str) -> Architecture:
         return ARCHITECTURES[model_type]
     except KeyError:
         raise UnsupportedError(
-            f"the architecture {model_type!r} is not known; known: {', '.join(sorted(ARCHITECTURES))}. "
-            "Add a row to sae_attn_plugin.backends.architectures.ARCHITECTURES"
+            f"the architecture {model_type!r} is not known; known: "
+            f"{', '.join(sorted(ARCHITECTURES))}. Add a row to "
+            "sae_attn_plugin.backends.architectures.ARCHITECTURES"
         ) from None
 
 

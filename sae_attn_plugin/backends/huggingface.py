@@ -58,7 +58,9 @@ class HuggingFaceBackend:
         # nnsight's tracing is bound to the thread that started it.
         self._lock = threading.Lock()
         if self.model.training:
-            raise InputError("the model is in training mode (dropout is on); call model.eval() first")
+            raise InputError(
+                "the model is in training mode (dropout is on); call model.eval() first"
+            )
         if self.model.config._attn_implementation != "eager":
             warnings.warn(
                 f"{self.geometry.model_name} uses {self.model.config._attn_implementation!r} "
@@ -117,7 +119,9 @@ class HuggingFaceBackend:
             block = blocks[layer]
             visit(Site("resid_pre", layer), block, "input")
             visit(Site("attn_in", layer), submodule(block, arch.norm), "output")
-            self._visit_values(Site("v", layer), submodule(block, arch.values), wanted, edits, found)
+            self._visit_values(
+                Site("v", layer), submodule(block, arch.values), wanted, edits, found
+            )
             projection = submodule(block, arch.out_projection)
             self._visit_z(Site("z", layer), projection, wanted, edits, found)
             visit(Site("attn_out", layer), projection, "output")

@@ -65,9 +65,7 @@ def load_huggingface(name: str, device: str, dtype: torch.dtype) -> tuple[Any, A
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _explain(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, attn_implementation="eager", dtype=dtype
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     return model.to(device).eval(), tokenizer
 

@@ -111,8 +111,9 @@ class Norm:
         return y if self.weight is None else y * self.weight
 
     def to(self, dtype: torch.dtype) -> Norm:
-        move = lambda t: None if t is None else t.to(dtype)  # noqa: E731
-        return replace(self, weight=move(self.weight), bias=move(self.bias))
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=weight, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,10 @@ class LayerWeights:
     mlp_post_norm: Norm | None = None
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
-        return LayerWeights(
-            *(t.to(dtype) for t in (self.W_V, self.b_V, self.W_O, self.b_O)),
-            *(
-                norm and norm.to(dtype)
-                for norm in (self.norm, self.mlp_norm, self.post_norm, self.mlp_post_norm)
-            ),
-        )
+        changed: dict[str, Any] = {
+            name: value.to(dtype) for name, value in vars(self).items() if value is not None
+        }
+        return replace(self, **changed)
 
     def values(self, normalised: Float[Tensor, "... d_model"]) -> Float[Tensor, "... n_kv d_head"]:
         """Values from the normalised residual stream."""

@@ -1,4 +1,4 @@
-"""TransformerLens models: ``HookedTransformer`` (and sae_lens' subclass) and ``TransformerBridge``."""
+"""TransformerLens models: ``HookedTransformer``, sae_lens' subclass, ``TransformerBridge``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class TransformerLensBackend:
         for flag in ("use_normalization_before_and_after", "output_logits_soft_cap"):
             if getattr(cfg, flag, None) not in (None, False, -1.0):
                 raise UnsupportedError(f"{cfg.model_name}: {flag} is not supported")
-        if attached := list(getattr(model, "acts_to_saes", {}) or getattr(model, "_acts_to_saes", {})):
+        if attached := list(
+            getattr(model, "acts_to_saes", {}) or getattr(model, "_acts_to_saes", {})
+        ):
             raise InputError(
                 f"SAEs are attached to {', '.join(map(str, attached))}; call model.reset_saes() "
                 "first: FeatureLens splices them itself"
@@ -109,7 +111,9 @@ class TransformerLensBackend:
             device=weight.device,
         )
         if model.training:
-            raise InputError("the model is in training mode (dropout is on); call model.eval() first")
+            raise InputError(
+                "the model is in training mode (dropout is on); call model.eval() first"
+            )
         self._refuse_folded_values()
         self_check(self)
 

@@ -43,7 +43,7 @@ def to_networkx(attribution: Attribution, by: Literal["head"] | None = None) -> 
 
 
 def _missing(value: Any) -> bool:
-    return value is None or value is pd.NA or value != value  # noqa: PLR0124 - NaN
+    return value is None or value is pd.NA or value != value
 
 
 def _plain(value: Any) -> Any:

@@ -63,9 +63,7 @@ class InterventionResult:
             encoder = dictionary.encoder(index.to(at.device), at.dtype)[0]
             dot = (at * encoder).sum((-2, -1)) / dictionary.input_scale(scale)[:, 0]
             return dot + dictionary.constants(index.to(at.device), at.dtype)
-        tokens = (
-            [target.token] if isinstance(target, Logit) else [target.correct, target.wrong]
-        )
+        tokens = [target.token] if isinstance(target, Logit) else [target.correct, target.wrong]
         first, *second = (run.resolve_token(token)[0] for token in tokens)
         at = logits[:, position]
         at = at if at.dtype == torch.float64 else at.float()
@@ -222,9 +220,7 @@ class _Hooks:
 
         return add
 
-    def _set_features(
-        self, layer: int, edits: Sequence[SetFeature | AblateFeature]
-    ) -> SiteEdit:
+    def _set_features(self, layer: int, edits: Sequence[SetFeature | AblateFeature]) -> SiteEdit:
         dictionary = self.lens.dictionaries[layer]
 
         def splice(z: Tensor) -> Tensor:
