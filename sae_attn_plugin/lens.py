@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -225,11 +226,10 @@ class Run:
                 )
             )
         frame = pd.concat(frames, ignore_index=True)
-        if position is not None:
-            frame = frame[frame["position"] == self.resolve_position(position)].reset_index(
-                drop=True
-            )
-        return frame
+        if position is None:
+            return frame
+        here = np.flatnonzero(frame["position"] == self.resolve_position(position))
+        return frame.take(here).reset_index(drop=True)
 
     def dfa(self, layer: int, feature: int, position: int = -1) -> DFA:
         """Direct feature attribution of a feature at a destination position, active or not."""

@@ -98,15 +98,14 @@ class Attribution:
                 "influence": self.flow.influence[self._numbers]
                 + self.flow.root_weight[self._numbers],
                 "expanded": [n in ledger for n in numbers],
-                "neuronpedia": [
-                    self.neuronpedia[node.layer] + f"/{node.feature}"
-                    if node.kind == "attn" and node.layer in self.neuronpedia
-                    else None
-                    for node in nodes
-                ],
+                "neuronpedia": [self._neuronpedia_url(node) for node in nodes],
             },
             index=pd.Index([self._ids[n] for n in numbers], name="node"),
         )
+
+    def _neuronpedia_url(self, node: Node) -> str | None:
+        base = None if node.layer is None else self.neuronpedia.get(node.layer)
+        return f"{base}/{node.feature}" if base and node.kind == "attn" else None
 
     @cached_property
     def edges(self) -> pd.DataFrame:
@@ -150,7 +149,7 @@ class Attribution:
             frames.append(part[part["weight"] != 0])
         result = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
         result["head"] = pd.array(result["head"], dtype="Int64")
-        return result[["source", "target", "head", "weight"]]
+        return result.reindex(columns=["source", "target", "head", "weight"])
 
     @cached_property
     def _ledger_by_number(self) -> dict[int, tuple[float, float, float, float]]:

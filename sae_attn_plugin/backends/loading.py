@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -67,7 +67,7 @@ def load_huggingface(name: str, device: str, dtype: torch.dtype) -> tuple[Any, A
     with _explain(name):
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    return model.to(device).eval(), tokenizer
+    return cast(Any, model).to(device).eval(), tokenizer
 
 
 def _bridge(name: str, device: str, dtype: torch.dtype) -> Any:
@@ -99,7 +99,8 @@ def to_hooked_transformer(model: Any, tokenizer: Any = None) -> Any:
         UnsupportedError: any other architecture.
     """
     from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained import weight_conversions
+    from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
+    from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 
     config = model.config
     common = {
@@ -123,7 +124,7 @@ def to_hooked_transformer(model: Any, tokenizer: Any = None) -> Any:
             normalization_type="LN",
             original_architecture="GPT2LMHeadModel",
         )
-        convert = weight_conversions.convert_gpt2_weights
+        convert = convert_gpt2_weights
     elif config.model_type == "llama":
         special = (
             config.rope_parameters.get("rope_type", "default") != "default"
@@ -147,7 +148,7 @@ def to_hooked_transformer(model: Any, tokenizer: Any = None) -> Any:
             n_key_value_heads=config.num_key_value_heads,
             original_architecture="LlamaForCausalLM",
         )
-        convert = weight_conversions.convert_llama_weights
+        convert = convert_llama_weights
     else:
         special, cfg, convert = True, None, None
     if special or cfg is None or convert is None:
