@@ -37,12 +37,18 @@ if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE, TrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
+    from sae_attn_plugin.demo.language import IOIExample
+
 __all__ = [
+    "IOIScores",
     "ModelRecipe",
+    "RepeatScores",
     "SAEScores",
     "ZHooks",
     "ZSource",
     "attention_z_config",
+    "ioi_scores",
+    "repeat_scores",
     "sae_scores",
     "train_model",
     "train_saes",
@@ -101,15 +107,16 @@ class ZHooks:
             for layer, edit in edits.items():
                 if layer not in self.projections:
                     raise InputError(f"no layer {layer}; there are: {sorted(self.projections)}")
-                handles.append(
-                    self.projections[layer].register_forward_pre_hook(
-                        lambda _module, args, edit=edit: (edit(args[0]), *args[1:])
-                    )
-                )
+                hook = _pre_hook(edit)
+                handles.append(self.projections[layer].register_forward_pre_hook(hook))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _pre_hook(edit: ZEdit) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda _module, args: (edit(args[0]), *args[1:])
 
 
 # SAEs ----------------------------------------------------------------------------------------
@@ -189,6 +196,7 @@ def train_saes(
     out = Path(out)
     checkpoint = None if checkpoint is None else Path(checkpoint)
     n_steps = math.ceil(n_tokens / batch_size)
+    rise = int(warm_up * n_steps)
     trainers = {
         layer: _trainer(
             replace(deepcopy(sae), reshape_activations="hook_z"),
@@ -206,7 +214,8 @@ def train_saes(
                 total_training_samples=n_steps * batch_size,
                 train_batch_size_samples=batch_size,
                 lr=lr,
-                lr_warm_up_steps=int(warm_up * n_steps),
+                lr_end=lr,
+                lr_warm_up_steps=rise if rise > 1 else 0,
                 lr_decay_steps=int(decay * n_steps),
                 dead_feature_window=dead_feature_window,
                 feature_sampling_window=max(1, n_steps // 4),
@@ -228,9 +237,7 @@ def train_saes(
         for layer, trainer in trainers.items():
             _restore_trainer(trainer, _under(tensors, f"{layer}."), facts["trainers"][str(layer)])
 
-    with tqdm(
-        total=n_steps, initial=done, desc="SAEs", unit="step", disable=not progress
-    ) as bar:
+    with tqdm(total=n_steps, initial=done, desc="SAEs", unit="step", disable=not progress) as bar:
         while done < n_steps:
             batches = _shuffled(z, tokens(round_), layers, sae.d_in, batch_size, seed, round_)
             for layer, trainer in trainers.items():
@@ -470,6 +477,7 @@ def train_model(
 
     Args:
         model: called with token ids ``[batch, position]``; returns an object with ``logits``.
+            With dropout, a resumed run differs from an uninterrupted one.
         tokens: step number to its tokens; a pure function of the number.
         recipe: optimiser and schedule.
         checkpoint: file to resume from where it exists, and to write every ``checkpoint_every``
@@ -538,6 +546,75 @@ def train_model(
 def _learning_rate(recipe: ModelRecipe, step: int) -> float:
     rise = min(1.0, (step + 1) / recipe.warm_up)
     return recipe.lr * rise * (0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps)))
+
+
+# What the demo model can do ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IOIScores:
+    """Indirect object identification over ``n`` prompts.
+
+    ``accuracy``: share of prompts whose most likely next token is the indirect object.
+    ``logit_difference``: mean of logit(IO) - logit(S). ``worst_distractor``: the lowest accuracy
+    among the kinds of distractor.
+    """
+
+    n: int
+    accuracy: float
+    logit_difference: float
+    worst_distractor: float
+
+
+def ioi_scores(
+    logits: Callable[[Tensor], Tensor], examples: Sequence[IOIExample], at_once: int = 256
+) -> IOIScores:
+    """Measure IOI on sentences of the demo language; ``logits`` maps tokens to logits."""
+    from sae_attn_plugin.demo.language import encode
+
+    right: dict[str, list[bool]] = {}
+    difference = 0.0
+    for start in range(0, len(examples), at_once):
+        part = examples[start : start + at_once]
+        prompts = [[0, *encode(example.prompt)] for example in part]
+        width = max(map(len, prompts))
+        # Padding on the right is never seen by what is before it.
+        padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        last = logits(padded)[torch.arange(len(part)), ends]
+        for example, row in zip(part, last, strict=True):
+            io, subject = encode(f" {example.io} {example.subject}")
+            difference += (row[io] - row[subject]).item()
+            right.setdefault(example.distractor, []).append(row.argmax().item() == io)
+    flat = [hit for hits in right.values() for hit in hits]
+    return IOIScores(
+        n=len(flat),
+        accuracy=sum(flat) / len(flat),
+        logit_difference=difference / len(flat),
+        worst_distractor=min(sum(hits) / len(hits) for hits in right.values()),
+    )
+
+
+@dataclass(frozen=True)
+class RepeatScores:
+    """Mean loss in nats per token on the two copies of a random segment."""
+
+    n: int
+    first: float
+    second: float
+
+
+def repeat_scores(
+    logits: Callable[[Tensor], Tensor], tokens: Int[Tensor, "batch pos"]
+) -> RepeatScores:
+    """Measure copying. ``tokens``: BOS, a random segment, and the same segment again.
+
+    The first token of the second copy is left out: nothing announces it.
+    """
+    segment = (tokens.shape[1] - 1) // 2
+    loss = F.cross_entropy(logits(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    first, second = loss[:, :segment], loss[:, segment + 1 :]
+    return RepeatScores(len(tokens), first.mean().item(), second.mean().item())
 
 
 # Checkpoints ---------------------------------------------------------------------------------
