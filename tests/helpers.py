@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnsight import NNsight, TransformersModel
 from sae_lens import SAE
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sae_attn_plugin.backends.loading import to_hooked_transformer
 
 STORIES = Path(__file__).parents[1].parent / "shared" / "data" / "stories260K"
+VOCABULARY = 61
 SAE_ARCHITECTURES = ("standard", "jumprelu", "topk", "topk_rescaled", "gated")
 _BUILDERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "standard": (StandardSAE, StandardSAEConfig, {}),
@@ -39,7 +54,7 @@ def randomize(module: torch.nn.Module, seed: int = 0, size: float = 0.1) -> None
 def tiny_gpt2(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=61,
+        vocab_size=VOCABULARY,
         n_positions=40,
         n_embd=30,
         n_layer=n_layers,
@@ -58,7 +73,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> LlamaFo
     """6 heads over 2 key/value heads, and head_dim other than d_model / heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61,
+        vocab_size=VOCABULARY,
         hidden_size=36,
         intermediate_size=44,
         num_hidden_layers=n_layers,
@@ -80,30 +95,104 @@ def tiny_llama(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> LlamaFo
 TINY = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
-def bridge(model: Any) -> Any:
-    """A TransformerBridge over a copy of a tiny model."""
-    import copy
-    import tempfile
+@functools.cache
+def _scratch() -> Path:
+    """A folder that lives as long as the process."""
+    folder = tempfile.mkdtemp(prefix="sae-attn-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
+
+@functools.cache
+def word_tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:
+    """Words ``w2 ... w60`` with ``<bos>`` 0 and ``<unk>`` 1, saved to and loaded from a folder.
+
+    Args:
+        adds_bos: whether the tokenizer prepends BOS by its own convention.
+    """
+    vocabulary = {"<bos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # pyright: ignore[reportCallIssue]
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    if adds_bos:
+        words.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single="<bos> $A", special_tokens=[("<bos>", 0)]
+        )
+    folder = _scratch() / f"tokenizer-{adds_bos}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<bos>",
+        eos_token="<bos>",
+        pad_token="<bos>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def bridge(model: Any, tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
+    """A TransformerBridge over a copy of a tiny model, which loads its tokenizer from a folder."""
     from transformer_lens.model_bridge import TransformerBridge
 
     model = copy.deepcopy(model)
     model.config.architectures = [type(model).__name__]
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return TransformerBridge.boot_transformers(
-            folder, hf_model=model, dtype=model.dtype
-        ).eval()
+    folder = Path(tempfile.mkdtemp(dir=_scratch()))
+    model.config.save_pretrained(folder)
+    (tokenizer or word_tokenizer()).save_pretrained(folder)
+    return TransformerBridge.boot_transformers(
+        str(folder), hf_model=model, dtype=model.dtype
+    ).eval()
 
 
-def on_host(model: Any, host: str) -> Any:
+def hooked_sae_transformer(model: Any, tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
+    """sae_lens' subclass of HookedTransformer with the weights of a tiny model."""
+    from sae_lens import HookedSAETransformer
+
+    plain = to_hooked_transformer(model, tokenizer)
+    hooked = HookedSAETransformer(plain.cfg)
+    hooked.load_state_dict(plain.state_dict())
+    hooked.tokenizer = tokenizer
+    return hooked.eval()
+
+
+def on_host(model: Any, host: str, tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
     """A Hugging Face model as each host wants it."""
-    if host == "hooked_transformer":
-        return to_hooked_transformer(model)
-    return bridge(model) if host == "transformer_bridge" else model
+    match host:
+        case "hooked_transformer":
+            return to_hooked_transformer(model, tokenizer)
+        case "hooked_sae_transformer":
+            return hooked_sae_transformer(model, tokenizer)
+        case "transformer_bridge":
+            return bridge(model, tokenizer)
+        case "nnsight":
+            return NNsight(model)
+        case "transformers_model":
+            return TransformersModel(model, tokenizer=tokenizer or word_tokenizer())
+        case "bare":
+            return model
+    raise ValueError(host)
 
 
 HOSTS = ("hooked_transformer", "transformer_bridge", "nnsight")
+ALL_HOSTS = (*HOSTS, "hooked_sae_transformer", "transformers_model", "bare")
+
+
+class TrueFloat64(TorchFunctionMode):
+    """Leaves float64 tensors alone where Hugging Face casts them to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            name = getattr(func, "__name__", "")
+            if name == "float" or (name == "to" and torch.float32 in args[1:]):
+                return args[0]
+            if name in ("to", "softmax", "log_softmax") and kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def hooks_on(model: Any) -> int:
+    """How many forward hooks are registered anywhere in a model."""
+    module = model if isinstance(model, torch.nn.Module) else model._module
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
 def random_sae(
