@@ -180,8 +180,7 @@ def sweep(
             for number, root in zip(numbers, roots, strict=True)
             if isinstance(root, FeatureRoot) and root.layer == layer
         }
-        candidates = _select(writers, influence, layer, remaining)
-        chosen = np.setdiff1d(candidates, list(wanted))
+        chosen = _select(writers, influence, layer, remaining, numbers)
         if remaining is not None:
             remaining -= len(chosen)
         nodes = np.concatenate([chosen, list(wanted)]).astype(np.int64)
@@ -230,12 +229,17 @@ def _upstream(writers: WriterTable, prefix: np.ndarray, position: int) -> np.nda
 
 
 def _select(
-    writers: WriterTable, influence: Tensor, layer: int, remaining: int | None
+    writers: WriterTable,
+    influence: Tensor,
+    layer: int,
+    remaining: int | None,
+    roots: Sequence[int],
 ) -> np.ndarray:
     """Features of a layer that are expanded: those among the ``remaining`` most influential of all
-    pending ones, in this layer and below."""
+    pending ones, in this layer and below. Roots are expanded anyway."""
+    strength = influence.numpy(force=True).copy()
+    strength[list(roots)] = 0
     rows = writers.features_of(layer)
-    strength = influence.numpy(force=True)
     rows = rows[strength[rows] > 0]
     if remaining is None:
         return rows
