@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sae_attn_plugin import registration
 
+# Not late as the others: nnsight puts a method `save` on every object, modules too.
+from sae_attn_plugin.graphs.files import load, save
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
         SaeAttnError,
         UnsupportedError,
     )
-    from sae_attn_plugin.graphs.files import load, save
     from sae_attn_plugin.graphs.paths import strongest_paths
     from sae_attn_plugin.graphs.picture import draw
     from sae_attn_plugin.interventions.apply import InterventionResult
@@ -58,11 +60,9 @@ _PUBLIC = {
     "UnsupportedError": "errors",
     "draw": "graphs.picture",
     "head_attribution": "dictionaries",
-    "load": "graphs.files",
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
     "register": "registration",
-    "save": "graphs.files",
     "strongest_paths": "graphs.paths",
 }
 _MODULES = ("demo", "nodes", "training")
