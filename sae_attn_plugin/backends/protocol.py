@@ -208,7 +208,10 @@ def capture_sites(geometry: Geometry) -> list[Site]:
 
 def capture(backend: Backend, tokens: Int[Tensor, "batch pos"]) -> Capture:
     """Run the model once and keep everything the algebra needs."""
-    return Capture(tokens, backend.forward(tokens, reads=capture_sites(backend.geometry)))
+    found = backend.forward(tokens, reads=capture_sites(backend.geometry))
+    # Position embeddings come once for the whole batch on some hosts.
+    values = {site: value.expand(len(tokens), *value.shape[1:]) for site, value in found.items()}
+    return Capture(tokens, values)
 
 
 def repeat_kv(v: Float[Tensor, "... n_kv d_head"], n_heads: int) -> Tensor:
