@@ -46,7 +46,7 @@ class Attribution:
     def __repr__(self) -> str:
         targets = ", ".join(map(str, self.roots.values()))
         return (
-            f"Attribution of {targets}: {len(self.nodes)} nodes, {len(self.flow.weight)} edges, "
+            f"Attribution of {targets}: {len(self._numbers)} nodes, {len(self.flow.weight)} edges, "
             f"worst ledger residual {self.worst_residual:.1e}"
         )
 
