@@ -22,7 +22,7 @@ from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
 from sae_attn_plugin.attribution.table import Attribution
 from sae_attn_plugin.attribution.writers import WriterTable, write_table
 from sae_attn_plugin.backends import as_backend
-from sae_attn_plugin.backends.protocol import Capture, capture
+from sae_attn_plugin.backends.protocol import Capture, capture, uncapped_logits
 from sae_attn_plugin.dictionaries import place
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions import apply
@@ -139,7 +139,7 @@ class Run:
 
     Attributes:
         tokens: ``[batch, position]`` ids.
-        logits: ``[batch, position, d_vocab]``.
+        logits: ``[batch, position, d_vocab]`` as the model returns them, after any soft-cap.
         prompts: the strings, where strings were given.
     """
 
@@ -353,7 +353,7 @@ class Run:
         return number, quote(token_label(self.lens.tokenizer, number, d_vocab))
 
     def _resolve(self, target: Target) -> tuple[Node, StreamReader | FeatureRoot]:
-        run, logits = self.frozen, self.logits[0]
+        run = self.frozen
         if isinstance(target, Feature):
             layer, position = (
                 self.resolve_layer(target.layer),
@@ -369,7 +369,7 @@ class Run:
             offset = 0.0 if bias is None else float(bias[token])
             node = Node("logit", position, label=label)
             reader = logit_reader(run, run.W_U[:, token], position, offset)
-            return node, _measured(reader, float(logits[position, token]))
+            return node, _measured(reader, float(self._logits([token], position)[0]))
         if isinstance(target, LogitDiff):
             correct, first = self.resolve_token(target.correct)
             wrong, second = self.resolve_token(target.wrong)
@@ -378,8 +378,9 @@ class Run:
             direction = run.W_U[:, correct].to(run.dtype) - run.W_U[:, wrong].to(run.dtype)
             offset = 0.0 if bias is None else float(bias[correct] - bias[wrong])
             node = Node("logit_diff", position, label=f"{first}-{second}")
-            measured = logits[position, correct].double() - logits[position, wrong].double()
-            return node, _measured(logit_reader(run, direction, position, offset), float(measured))
+            first_logit, second_logit = self._logits([correct, wrong], position)
+            measured = float(first_logit - second_logit)
+            return node, _measured(logit_reader(run, direction, position, offset), measured)
         if isinstance(target, Direction):
             d_model = run.embed.shape[1]
             if tuple(target.vector.shape) != (d_model,):
@@ -393,6 +394,11 @@ class Run:
         raise InputError(
             f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"
         )
+
+    def _logits(self, tokens: list[int], position: int) -> Float[Tensor, " token"]:
+        """Logits of some tokens as the model computed them, before any soft-cap, in float64."""
+        found = uncapped_logits(self.lens.backend, self.capture.values, tokens, position)
+        return found[0].double()
 
     def _top_logits(self) -> tuple[list[Target], list[float]]:
         probabilities = self.logits[0, -1].float().softmax(-1)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sae_attn_plugin.backends.architectures import (
+    check_modules,
     find_architecture,
     read_geometry,
     read_layer,
+    read_matrix,
     read_norm,
     submodule,
 )
@@ -54,6 +56,7 @@ class HuggingFaceBackend:
         self.tokenizer = tokenizer or getattr(self._nn, "tokenizer", None)
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self._architecture = find_architecture(self.model.config.model_type)
+        check_modules(self.model, self._architecture)
         self.geometry = read_geometry(self.model, self._architecture)
         # nnsight's tracing is bound to the thread that started it.
         self._lock = threading.Lock()
@@ -78,8 +81,7 @@ class HuggingFaceBackend:
         return read_norm(submodule(self.model, self._architecture.final_norm), self._architecture)
 
     def unembed(self) -> tuple[Tensor, Tensor | None]:
-        head = submodule(self.model, self._architecture.unembed)
-        return head.weight.detach().T, None if head.bias is None else head.bias.detach()
+        return read_matrix(submodule(self.model, self._architecture.unembed))
 
     def forward(
         self,
@@ -118,18 +120,27 @@ class HuggingFaceBackend:
         for layer in sorted(layers):
             block = blocks[layer]
             visit(Site("resid_pre", layer), block, "input")
-            visit(Site("attn_in", layer), submodule(block, arch.norm), "output")
+            if arch.norm is not None:
+                visit(Site("attn_in", layer), submodule(block, arch.norm), "output")
             self._visit_values(
                 Site("v", layer), submodule(block, arch.values), wanted, edits, found
             )
             projection = submodule(block, arch.out_projection)
             self._visit_z(Site("z", layer), projection, wanted, edits, found)
-            visit(Site("attn_out", layer), projection, "output")
+            if arch.post_norm is None:
+                visit(Site("attn_out", layer), projection, "output")
             if Site("pattern", layer) in wanted:
                 found[Site("pattern", layer)] = submodule(block, arch.attention).output[1]
+            if arch.post_norm is not None:
+                visit(Site("attn_out", layer), submodule(block, arch.post_norm), "output")
             mlp = submodule(block, arch.mlp)
-            visit(Site("mlp_in", layer), mlp, "input")
-            visit(Site("mlp_out", layer), mlp, "output")
+            if arch.mlp_norm is not None:
+                visit(Site("mlp_in", layer), mlp, "input")
+            if arch.mlp_post_norm is None:
+                visit(Site("mlp_out", layer), mlp, "output")
+            else:
+                visit(Site("mlp_raw", layer), mlp, "output")
+                visit(Site("mlp_out", layer), submodule(block, arch.mlp_post_norm), "output")
         visit(Site("resid_final"), submodule(root, arch.final_norm), "input")
         visit(Site("unembed_in"), submodule(root, arch.final_norm), "output")
         found[Site("logits")] = root.output.logits
