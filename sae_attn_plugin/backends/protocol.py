@@ -52,7 +52,17 @@ class Site(NamedTuple):
         return self.name if self.layer < 0 else f"{self.name}[{self.layer}]"
 
 
-LAYER_SITES = tuple("resid_pre attn_in v z pattern attn_out mlp_in mlp_raw mlp_out".split())
+LAYER_SITES = (
+    "resid_pre",
+    "attn_in",
+    "v",
+    "z",
+    "pattern",
+    "attn_out",
+    "mlp_in",
+    "mlp_raw",
+    "mlp_out",
+)
 MODEL_SITES = ("embed", "pos_embed", "resid_final", "unembed_in", "logits")
 READ_ONLY_SITES = ("pattern", "resid_final", "logits")
 
@@ -61,9 +71,9 @@ READ_ONLY_SITES = ("pattern", "resid_final", "logits")
 class Geometry:
     """Shape of a model.
 
-    ``normalization``: ``"layer"``, ``"rms"`` or ``"none"``. ``parallel``: attention and MLP read the
-    same residual stream. ``mlp_post_norm``: a norm follows the MLP. ``logit_soft_cap``: ``c`` where
-    the model returns ``c * tanh(logits / c)``, else None.
+    ``normalization``: ``"layer"``, ``"rms"`` or ``"none"``. ``parallel``: attention and MLP read
+    the same residual stream. ``mlp_post_norm``: a norm follows the MLP. ``logit_soft_cap``: ``c``
+    where the model returns ``c * tanh(logits / c)``, else None.
     """
 
     model_name: str
@@ -229,9 +239,11 @@ def capture_sites(geometry: Geometry) -> list[Site]:
     return [Site(n) for n in model] + [Site(n, i) for i in range(g.n_layers) for n in layer]
 
 
-def capture(backend: Backend, tokens: Int[Tensor, "batch pos"]) -> Capture:
+def capture(
+    backend: Backend, tokens: Int[Tensor, "batch pos"], more: Iterable[Site] = ()
+) -> Capture:
     """Run the model once and keep everything the algebra needs, on the device of its input."""
-    found = backend.forward(tokens, reads=capture_sites(backend.geometry))
+    found = backend.forward(tokens, reads=[*capture_sites(backend.geometry), *more])
     # Position embeddings come once for the whole batch on some hosts.
     values = {
         site: value.expand(len(tokens), *value.shape[1:]).to(backend.geometry.device)
@@ -281,7 +293,9 @@ def self_check(backend: Backend) -> None:
     g = backend.geometry
     # Distinct tokens, away from id 0, so that position and token mistakes show.
     tokens = (torch.arange(1, 7, device=g.device) * 37 % g.d_vocab)[None, : g.n_ctx]
-    run = capture(backend, tokens)
+    weights_of = [backend.layer_weights(i).to(g.dtype, g.device) for i in range(g.n_layers)]
+    mlp_in = [Site("mlp_in", i) for i, w in enumerate(weights_of) if g.has_mlp and w.mlp_norm]
+    run = capture(backend, tokens, mlp_in)
     tolerance = {torch.float64: 1e-4, torch.float32: 1e-4}.get(g.dtype, 5e-2)
 
     def same(name: str, got: Tensor, expected: Tensor) -> None:
@@ -301,8 +315,7 @@ def self_check(backend: Backend) -> None:
     stream = run["embed", -1]
     if g.learned_positions:
         stream = stream + run["pos_embed", -1]
-    for layer in range(g.n_layers):
-        weights = backend.layer_weights(layer).to(g.dtype, g.device)
+    for layer, weights in enumerate(weights_of):
         resid, v, z = (run[name, layer] for name in ("resid_pre", "v", "z"))
         same(f"writers sum to resid_pre in layer {layer}", stream, resid)
         values = weights.values(weights.norm.as_host(resid))
@@ -312,6 +325,10 @@ def self_check(backend: Backend) -> None:
         if weights.post_norm is not None:
             out = weights.post_norm.as_host(out)
         same(f"z W_O + b_O = what attention adds in layer {layer}", out, run["attn_out", layer])
+        if weights.mlp_norm is not None and g.has_mlp:
+            middle = resid if g.parallel else resid + run["attn_out", layer]
+            out = weights.mlp_norm.as_host(middle)
+            same(f"N(residual) = input of the MLP in layer {layer}", out, run["mlp_in", layer])
         if weights.mlp_post_norm is not None and g.has_mlp:
             out = weights.mlp_post_norm.as_host(run["mlp_raw", layer])
             same(f"the MLP's post-norm in layer {layer}", out, run["mlp_out", layer])

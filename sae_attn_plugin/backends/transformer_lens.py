@@ -137,9 +137,7 @@ class TransformerLensBackend:
             logit_soft_cap=cap if cap > 0 else None,
         )
         self._norms = self._find_norms()
-        self.geometry = replace(
-            self.geometry, mlp_post_norm=self._norms.after_mlp is not None
-        )
+        self.geometry = replace(self.geometry, mlp_post_norm=self._norms.after_mlp is not None)
         self._hooks, self._inputs, self._outputs = self._find_sites()
         if model.training:
             raise InputError(

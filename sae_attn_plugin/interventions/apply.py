@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_attn_plugin.backends.protocol import Capture, Site, mix_values
+from sae_attn_plugin.backends.protocol import (
+    Capture,
+    LayerWeights,
+    Norm,
+    Site,
+    mix_values,
+    uncapped_logits,
+)
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, Edit, SetFeature
@@ -28,46 +36,45 @@ class InterventionResult:
 
     Attributes:
         clean: the run that was edited.
-        logits: ``[batch, position, d_vocab]`` of the edited run.
+        logits: ``[batch, position, d_vocab]`` of the edited run, as the model returns them.
         z: by layer with an SAE, ``[batch, position, head, d_head]``, after the edits of that layer.
+        values: every site that was read.
     """
 
     clean: Run
     logits: Float[Tensor, "batch position d_vocab"]
     z: dict[int, Float[Tensor, "batch position head d_head"]]
+    values: Mapping[Site, Tensor] = field(repr=False)
 
     def value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
-        """A target in the edited run: the logit, logit difference or pre-activation."""
-        return self._value(target, self.logits, self.z)
+        """A target in the edited run: the logit or logit difference before any final soft-cap, or
+        the pre-activation."""
+        return self._value(target, self.values)
 
     def clean_value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """The same target in the clean run."""
-        clean_z = {layer: self.clean.capture["z", layer] for layer in self.z}
-        return self._value(target, self.clean.logits, clean_z)
+        return self._value(target, self.clean.capture.values)
 
     def effect(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """Edited minus clean."""
         return self.value(target) - self.clean_value(target)
 
-    def _value(
-        self, target: Logit | LogitDiff | Feature, logits: Tensor, z: dict[int, Tensor]
-    ) -> Tensor:
+    def _value(self, target: Logit | LogitDiff | Feature, values: Mapping[Site, Tensor]) -> Tensor:
         run = self.clean
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
             dictionary = run.lens.dictionaries[run.resolve_layer(target.layer)]
             index = torch.tensor([run.resolve_feature(target.layer, target.feature)])
-            at = z[target.layer][:, position]
+            at = values[Site("z", target.layer)][:, position]
             at = at if at.dtype == torch.float64 else at.float()
             _, scale, _ = dictionary.normalise(at.flatten(-2))
             encoder = dictionary.encoder(index.to(at.device), at.dtype)[0]
             dot = (at * encoder).sum((-2, -1)) / dictionary.input_scale(scale)[:, 0]
             return dot + dictionary.constants(index.to(at.device), at.dtype)
         tokens = [target.token] if isinstance(target, Logit) else [target.correct, target.wrong]
-        first, *second = (run.resolve_token(token)[0] for token in tokens)
-        at = logits[:, position]
-        at = at if at.dtype == torch.float64 else at.float()
-        return at[:, first] - at[:, second[0]] if second else at[:, first]
+        ids = [run.resolve_token(token)[0] for token in tokens]
+        at = uncapped_logits(run.lens.backend, values, ids, position)
+        return at[:, 0] - at[:, 1] if len(ids) == 2 else at[:, 0]
 
 
 def intervene(
@@ -94,11 +101,14 @@ def intervene(
     for edit in edits:
         hooks.check(edit)
     reads = [Site("z", layer) for layer in lens.dictionaries]
+    if lens.backend.geometry.logit_soft_cap is not None:
+        reads.append(Site("unembed_in"))
     found = lens.backend.forward(run.tokens, hooks.build(edits), reads)
     return InterventionResult(
         clean=run,
         logits=found[Site("logits")],
         z={layer: found[Site("z", layer)] for layer in lens.dictionaries},
+        values=found,
     )
 
 
@@ -109,6 +119,8 @@ class _Hooks:
         self.lens, self.run, self.frozen = lens, run, frozen
         self.clean: Capture = run.capture
         self.seen: dict[Site, Tensor] = {}
+        self.watched: set[Site] = set()
+        self.steps: defaultdict[Site, list[SiteEdit]] = defaultdict(list)
 
     def check(self, edit: Edit) -> None:
         run = self.run
@@ -131,61 +143,87 @@ class _Hooks:
             raise InputError(f"expected an edit such as AblateFeature(...), got {edit!r}")
 
     def build(self, edits: Sequence[Edit]) -> dict[Site, SiteEdit]:
-        g = self.lens.backend.geometry
-        hooks: dict[Site, SiteEdit] = {}
+        """One edit per site; each records what it leaves where a later one asks for it."""
+        g, steps = self.lens.backend.geometry, self.steps
         for layer in range(g.n_layers):
             weights = self.lens.backend.layer_weights(layer)
-            resid_pre, attn_out = Site("resid_pre", layer), Site("attn_out", layer)
-            if "norms" in self.frozen:
-                if weights.post_norm is not None or weights.mlp_post_norm is not None:
-                    raise InputError("freezing post-norms is not supported")
-                clean_mid = self.clean[resid_pre]
-                scale = weights.norm.scale(clean_mid)
-                hooks[resid_pre] = self._see(resid_pre)
-                hooks[Site("attn_in", layer)] = lambda _x, w=weights, s=scale, at=resid_pre: (
-                    w.norm.apply(self.seen[at], s)
-                )
-                if weights.mlp_norm is not None:
-                    if not g.parallel:
-                        clean_mid = clean_mid + self.clean[attn_out]
-                        hooks[attn_out] = self._see(attn_out)
-                    mlp_scale = weights.mlp_norm.scale(clean_mid)
-                    hooks[Site("mlp_in", layer)] = self._frozen_mlp_in(
-                        weights.mlp_norm, mlp_scale, layer
-                    )
             if "patterns" in self.frozen:
-                value = Site("v", layer)
-                hooks[value] = self._see(value)
-                hooks[Site("z", layer)] = lambda _z, at=value, n=layer: mix_values(
-                    self.clean["pattern", n], self.seen[at]
+                v = self._watch("v", layer)
+                pattern = self.clean["pattern", layer]
+                steps[Site("z", layer)].append(
+                    lambda z, v=v, pattern=pattern: mix_values(pattern.to(z), self.seen[v].to(z))
                 )
+            if "norms" in self.frozen:
+                self._freeze_norms(layer, weights)
             if "attention" in self.frozen:
-                hooks[attn_out] = self._then(lambda _x, at=attn_out: self.clean[at], attn_out)
+                steps[Site("attn_out", layer)].append(self._clean("attn_out", layer))
             if "mlp" in self.frozen and g.has_mlp:
-                hooks[Site("mlp_out", layer)] = lambda _x, n=layer: self.clean["mlp_out", n]
-            if layer in self.lens.dictionaries:
-                of_layer = [
-                    e
-                    for e in edits
-                    if isinstance(e, SetFeature | AblateFeature) and e.layer == layer
-                ]
-                if of_layer:
-                    site = Site("z", layer)
-                    hooks[site] = _chain(hooks.get(site), self._set_features(layer, of_layer))
+                steps[Site("mlp_out", layer)].append(self._clean("mlp_out", layer))
+            of_layer = [
+                e for e in edits if isinstance(e, SetFeature | AblateFeature) and e.layer == layer
+            ]
+            if of_layer:
+                steps[Site("z", layer)].append(self._set_features(layer, of_layer))
         if "norms" in self.frozen:
-            norm = self.lens.backend.final_norm()
-            scale = norm.scale(self.clean["resid_final", -1])
-            last, site = g.n_layers - 1, Site("unembed_in")
             # The final residual is rebuilt from the live sites of the last layer.
-            for name in ("attn_out", "mlp_out")[: 1 + g.has_mlp]:
-                at = Site(name, last)
-                hooks[at] = _chain(hooks.get(at), self._see(at))
-            hooks[site] = lambda _x: norm.apply(self._final_residual(last), scale)
+            stream = self._stream(g.n_layers - 1, *["attn_out", "mlp_out"][: 1 + g.has_mlp])
+            clean = self.clean["resid_final", -1]
+            self._freeze_norm("unembed_in", -1, self.lens.backend.final_norm(), clean, stream)
         for edit in edits:
             if isinstance(edit, AddToStream):
                 site = Site(edit.site, -1 if edit.site == "embed" else edit.layer)
-                hooks[site] = _chain(hooks.get(site), self._add(edit), self._see(site))
-        return hooks
+                steps[site].append(self._add(edit))
+        for site in self.watched:
+            steps[site].append(self._see(site))
+        return {site: _chain(found) for site, found in steps.items()}
+
+    def _freeze_norms(self, layer: int, weights: LayerWeights) -> None:
+        """Hold the scales of a layer's norms, before and after its blocks."""
+        g, clean = self.lens.backend.geometry, self.clean
+        resid_pre = clean["resid_pre", layer]
+        self._freeze_norm("attn_in", layer, weights.norm, resid_pre, self._stream(layer))
+        if weights.post_norm is not None:
+            z = self._watch("z", layer)
+            raw = weights.attn_out(clean["z", layer].to(weights.W_O))
+            live = lambda: weights.attn_out(self.seen[z].to(weights.W_O))  # noqa: E731
+            self._freeze_norm("attn_out", layer, weights.post_norm, raw, live)
+        if not g.has_mlp:
+            return
+        if weights.mlp_norm is not None and g.parallel:
+            self._freeze_norm("mlp_in", layer, weights.mlp_norm, resid_pre, self._stream(layer))
+        elif weights.mlp_norm is not None:
+            middle = resid_pre + clean["attn_out", layer]
+            stream = self._stream(layer, "attn_out")
+            self._freeze_norm("mlp_in", layer, weights.mlp_norm, middle, stream)
+        if weights.mlp_post_norm is not None:
+            raw = self._watch("mlp_raw", layer)
+            norm, value = weights.mlp_post_norm, clean["mlp_raw", layer]
+            self._freeze_norm("mlp_out", layer, norm, value, lambda: self.seen[raw])
+
+    def _freeze_norm(
+        self, name: str, layer: int, norm: Norm, clean: Tensor, live: Callable[[], Tensor]
+    ) -> None:
+        """Give ``name`` the norm of ``live()`` with the scale it had on ``clean``."""
+        if norm.kind == "none":
+            return
+        scale = norm.scale(clean.to(torch.promote_types(clean.dtype, torch.float32)))
+        self.steps[Site(name, layer)].append(lambda y: norm.as_host(live().to(y), scale))
+
+    def _stream(self, layer: int, *written: str) -> Callable[[], Tensor]:
+        """The live residual stream of a layer, after the blocks named."""
+        sites = [self._watch(name, layer) for name in ("resid_pre", *written)]
+
+        def stream() -> Tensor:
+            first, *rest = (self.seen[site] for site in sites)
+            for value in rest:
+                first = first + value.to(first)
+            return first
+
+        return stream
+
+    def _watch(self, name: str, layer: int) -> Site:
+        self.watched.add(site := Site(name, layer))
+        return site
 
     def _see(self, site: Site) -> SiteEdit:
         def see(value: Tensor) -> Tensor:
@@ -194,21 +232,8 @@ class _Hooks:
 
         return see
 
-    def _then(self, edit: SiteEdit, site: Site) -> SiteEdit:
-        return _chain(edit, self._see(site))
-
-    def _frozen_mlp_in(self, norm: object, scale: Tensor, layer: int) -> SiteEdit:
-        def edit(_x: Tensor) -> Tensor:
-            x = self.seen[Site("resid_pre", layer)]
-            if not self.lens.backend.geometry.parallel:
-                x = x + self.seen[Site("attn_out", layer)]
-            return norm.apply(x, scale)  # type: ignore[attr-defined]
-
-        return edit
-
-    def _final_residual(self, last: int) -> Tensor:
-        x = self.seen[Site("resid_pre", last)] + self.seen[Site("attn_out", last)]
-        return x + self.seen[Site("mlp_out", last)] if self.lens.backend.geometry.has_mlp else x
+    def _clean(self, name: str, layer: int) -> SiteEdit:
+        return lambda x: self.clean[name, layer].to(x)
 
     def _add(self, edit: AddToStream) -> SiteEdit:
         position = self.run.resolve_position(edit.position)
@@ -248,9 +273,7 @@ class _Hooks:
         return splice
 
 
-def _chain(*edits: SiteEdit | None) -> SiteEdit:
-    steps = [edit for edit in edits if edit is not None]
-
+def _chain(steps: Sequence[SiteEdit]) -> SiteEdit:
     def run(value: Tensor) -> Tensor:
         for step in steps:
             value = step(value)

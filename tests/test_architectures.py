@@ -1,0 +1,417 @@
+"""Every architecture on every host: ledger, edges against autograd, interventions, wrong rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architecture_models import RECIPES, FrozenAutograd
+from helpers import HOSTS, TrueFloat64, on_host, random_sae, random_saes, word_tokenizer
+from torch import Tensor
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.backends import architectures
+from sae_attn_plugin.backends.architectures import ARCHITECTURES, Architecture
+from sae_attn_plugin.interventions.apply import FREEZABLE
+
+# TransformerLens 3 announces that version 4 will drop HookedTransformer.
+pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+
+TOKENS = [5, 9, 3, 17, 40, 22, 8, 31, 2]
+TARGET = sap.LogitDiff(7, 9)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+ON_HOOKED = [name for name in RECIPES if name not in ("olmo2", "phi3")]
+PAIRS = [
+    (name, host)
+    for name in RECIPES
+    for host in HOSTS
+    if host != "hooked_transformer" or name in ON_HOOKED
+]
+
+
+@contextlib.contextmanager
+def exact(dtype: str) -> Iterator[None]:
+    """float64 without the hosts' casts to float32; not to be nested."""
+    with TrueFloat64() if dtype == "float64" else contextlib.nullcontext():
+        yield
+
+
+@functools.cache
+def _run(name: str, host: str, dtype: str) -> sap.Run:
+    model = RECIPES[name].build(DTYPES[dtype])
+    with exact(dtype):
+        lens = sap.FeatureLens(on_host(model, host), random_saes(model), tokenizer=word_tokenizer())
+        return lens.run([TOKENS])
+
+
+def run_of(name: str, host: str, dtype: str = "float64") -> sap.Run:
+    return _run(name, host, dtype)
+
+
+def attribution_of(name: str, host: str, dtype: str = "float64") -> sap.Attribution:
+    return _attribution(name, host, dtype)
+
+
+@functools.cache
+def _attribution(name: str, host: str, dtype: str) -> sap.Attribution:
+    run = run_of(name, host, dtype)
+    with exact(dtype):
+        return run.attribute(TARGET, node_budget=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "host"), PAIRS)
+def test_ledger_closes(name: str, host: str, dtype: str) -> None:
+    attribution = attribution_of(name, host, dtype)
+    assert len(attribution.ledger) > 100
+    attribution.check_closure({"float32": 1e-5, "float64": 1e-10}[dtype])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_edges_match_autograd(name: str) -> None:
+    """Every in-edge and the constant of some targets, against autograd through the model itself."""
+    attribution = attribution_of(name, "nnsight")
+    model = RECIPES[name].build(torch.float64)
+    with TrueFloat64():
+        oracle = FrozenAutograd(model, random_saes(model), TOKENS)
+    ledger, edges = attribution.ledger, attribution.edges
+    features = [t for t in ledger.index if str(t).startswith(("attn:1:", "attn:2:"))]
+    targets = [ledger.index[0], *features[:3], *features[-3:]]
+    for target in targets:
+        node = sap.Node.parse(str(target))
+        expected, constant = oracle.edges(node, (7, 9))
+        of_target = edges[edges["target"] == target]
+        found = dict(zip(of_target["source"], of_target["weight"], strict=True))
+        size = sum(map(abs, expected.values()))
+        assert set(found) <= set(expected)
+        for source, weight in expected.items():
+            assert abs(found.get(source, 0.0) - weight) <= 1e-10 * size, (target, source)
+        assert abs(ledger.loc[target, "constant"] - constant) <= 1e-10 * (size + abs(constant))
+
+
+@pytest.mark.parametrize(("name", "host"), [pair for pair in PAIRS if pair[1] != "nnsight"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-6)])
+def test_hosts_agree(name: str, host: str, dtype: str, tolerance: float) -> None:
+    """In float64 too only to 1e-6: each host has float32 rotary angles of its own."""
+    reference, other = (attribution_of(name, h, dtype) for h in ("nnsight", host))
+    a, b = (
+        one.edges.set_index(["source", "target"])["weight"].sort_index()
+        for one in (reference, other)
+    )
+    assert list(a.index) == list(b.index)
+    size = a.abs().groupby(level="target", observed=True).sum()
+    relative = (a - b).abs() / size.reindex(a.index.get_level_values("target")).to_numpy()
+    assert relative.max() <= tolerance
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_heads_sum_to_edges(name: str) -> None:
+    attribution = attribution_of(name, "nnsight")
+    split = attribution.edges_by_head()
+    total = split.groupby(["source", "target"], observed=True)["weight"].sum()
+    whole = attribution.edges.set_index(["source", "target"])["weight"]
+    np.testing.assert_allclose(total.reindex(whole.index), whole, atol=1e-12, rtol=1e-9)
+    assert split["head"].nunique() == run_of(name, "nnsight").lens.backend.geometry.n_heads
+
+
+@pytest.mark.parametrize(("name", "host"), PAIRS)
+def test_frozen_parts_change_nothing_by_themselves(name: str, host: str) -> None:
+    run = run_of(name, host)
+    with TrueFloat64():
+        for part in (*((p,) for p in FREEZABLE), FREEZABLE):
+            logits = run.lens.intervene(run, [], freeze=part).logits
+            torch.testing.assert_close(logits, run.logits, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "host"), PAIRS)
+def test_frozen_intervention_is_the_edge(name: str, host: str) -> None:
+    """Taking a writer away changes targets by its edge, with everything between held."""
+    run, attribution = run_of(name, host), attribution_of(name, host)
+    edges = attribution.edges.set_index(["source", "target"])["weight"]
+    root = str(attribution.ledger.index[0])
+    features = [str(t) for t in attribution.ledger.index if str(t).startswith("attn:2:")]
+    rows = {str(run.writers.node(i)): i for i in range(len(run.writers))}
+    positions = {0: "embed", 1: "attn_out", 2: "mlp_out"}
+    with TrueFloat64():
+        for source in ("embed@3", "mlp:1@3", "attn_bias:0@3", "attn_err:1@3"):
+            node = sap.Node.parse(source)
+            site = {"embed": 0, "mlp": 2}.get(node.kind, 1)
+            edit = sap.AddToStream(
+                -run.writers.vectors[rows[source]],
+                node.position,
+                positions[site],  # type: ignore[arg-type]
+                -1 if node.layer is None else node.layer,
+            )
+            result = run.lens.intervene(run, [edit], freeze=FREEZABLE)
+            for target in features[:2] + features[-2:]:
+                of = sap.Node.parse(target)
+                effect = float(result.effect(sap.Feature(2, of.feature or 0, of.position)))
+                assert abs(effect + edges.get((source, target), 0.0)) < 1e-10
+        # Through the host's own output projection and, where there is one, its post-norm.
+        last = [s for s, t in edges.index if t == root and str(s).startswith("attn:2:")]
+        for source in last[:2]:
+            node = sap.Node.parse(str(source))
+            edit = sap.AblateFeature(2, node.feature or 0, node.position)
+            result = run.lens.intervene(run, [edit], freeze=("patterns", "norms", "mlp"))
+            assert abs(float(result.effect(TARGET)) + edges[source, root]) < 1e-10
+
+
+def test_free_run_feels_the_norms_that_freezing_holds() -> None:
+    run = run_of("gemma2", "nnsight")
+    edges = attribution_of("gemma2", "nnsight").edges
+    source = next(s for s in edges["source"] if str(s).startswith("attn:2:") and "@8" in str(s))
+    node = sap.Node.parse(str(source))
+    edit = sap.AblateFeature(2, node.feature or 0, node.position)
+    with TrueFloat64():
+        frozen, free = (
+            float(run.lens.intervene(run, [edit], freeze=freeze).effect(TARGET))
+            for freeze in (("patterns", "norms", "mlp"), ("patterns", "mlp"))
+        )
+    assert abs(frozen - free) > 1e-4
+
+
+# -- soft-caps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_logit_targets_are_read_before_the_soft_cap(host: str) -> None:
+    run = run_of("gemma2", host)
+    with TrueFloat64():
+        value = run.attribute(sap.Logit(7), node_budget=0).ledger["value"].iloc[0]
+        result = run.lens.intervene(run, [])
+    assert float(run.logits[0, -1, 7]) == pytest.approx(6 * np.tanh(value / 6), rel=1e-12)
+    assert abs(value - float(run.logits[0, -1, 7])) > 1e-4
+    assert float(result.value(sap.Logit(7))) == pytest.approx(value, rel=1e-12)
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+def test_unknown_architecture_is_refused_by_name() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2)).eval()
+    with pytest.raises(sap.UnsupportedError, match=r"'bloom' is not known.*register_architecture"):
+        sap.FeatureLens(model, random_sae(0, 16))
+    with pytest.raises(sap.UnsupportedError, match="'bloom'"):
+        sap.FeatureLens(on_host(model, "transformer_bridge"), random_sae(0, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("olmo2", "grouped-query attention in OLMo-2"), ("phi3", "'phi3' model")]
+)
+def test_hooked_transformer_refuses_what_it_cannot_hold(name: str, reason: str) -> None:
+    with pytest.raises(sap.UnsupportedError, match=f"(?s){reason}.*TransformerBridge"):
+        on_host(RECIPES[name].build(), "hooked_transformer")
+
+
+class _Shuffled(Architecture):
+    """Values read with the dimension of a head before the head."""
+
+    def select_values(self, out: Tensor, geometry: Any) -> Tensor:
+        right = super().select_values(out, geometry)
+        return right.transpose(-1, -2).reshape(right.shape)
+
+
+def _shuffled(row: Architecture) -> Architecture:
+    return _Shuffled(**vars(row))
+
+
+WRONG_ROWS = {
+    "interleaved read as stacked": ("gpt_neox", {"layout": "stacked"}, "pattern @ v"),
+    "stacked read as interleaved": ("gpt2", {"layout": "interleaved"}, "pattern @ v"),
+    "no 1 + in norms": ("gemma", {"norm_offset": 0.0}, "W_V"),
+    "1 + where there is none": ("llama", {"norm_offset": 1.0}, "W_V"),
+    "post-norm of attention forgotten": ("gemma2", {"post_norm": None}, "input of the MLP"),
+    "post-norm of the MLP forgotten": ("gemma2", {"mlp_post_norm": None}, "writers sum"),
+    "only post-norms, read as pre-norms": (
+        "olmo2",
+        {"norm": "post_attention_layernorm", "post_norm": None},
+        "W_V",
+    ),
+    "soft-cap forgotten": ("gemma2", {"logit_soft_cap": None}, "logits"),
+    "other kind of norm": ("gpt2", {"norm_kind": "rms"}, "W_V"),
+    "positions forgotten": ("gpt2", {"pos_embed": None}, "writers sum"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ROWS)
+def test_wrong_rows_are_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, changes, identity = WRONG_ROWS[case]
+    wrong = replace(ARCHITECTURES[name], **changes)
+    monkeypatch.setitem(ARCHITECTURES, name, wrong)
+    model = RECIPES[name].build()
+    with pytest.raises(sap.BackendError, match=identity):
+        sap.FeatureLens(model, random_saes(model))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_values_with_dimensions_before_heads_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, name, _shuffled(ARCHITECTURES[name]))
+    model = RECIPES[name].build()
+    with pytest.raises(sap.BackendError, match="pattern @ v"):
+        sap.FeatureLens(model, random_saes(model))
+
+
+def test_forgotten_parallel_blocks_change_the_frozen_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen MLP norms would read attention's output, which the parallel MLP does not."""
+    monkeypatch.setitem(
+        ARCHITECTURES, "gpt_neox", replace(ARCHITECTURES["gpt_neox"], parallel=False)
+    )
+    model = RECIPES["gpt_neox"].build()
+    with pytest.raises(sap.BackendError, match="input of the MLP"):
+        sap.FeatureLens(model, random_saes(model))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("host", ["transformer_bridge", "nnsight"])
+def test_patterns_keep_to_the_window(name: str, host: str) -> None:
+    """A pattern without its window would not be the model's: no edge reaches beyond it."""
+    run, edges = run_of(name, host), attribution_of(name, host).edges
+    pattern = run.frozen.layers[0].pattern
+    assert not pattern[:, 8, :5].any()
+    assert pattern[:, 8, 5:].all()
+    into = edges[edges["target"].astype(str).str.match(r"attn:[02]:\d+@8")]
+    sources = into["source"].astype(str).str.extract(r"@(\d+)$")[0].astype(int)
+    assert len(into) > 0
+    assert sources.min() >= 5
+
+
+def test_a_forgotten_window_breaks_the_hosts_agreement() -> None:
+    """The same weights without a window are another model: the comparison of hosts sees it."""
+    plain = replace(RECIPES["mistral"], settings={"sliding_window": None}).build(torch.float64)
+    with TrueFloat64():
+        hooked = on_host(plain, "hooked_transformer")
+        lens = sap.FeatureLens(hooked, random_saes(plain), tokenizer=word_tokenizer())
+        edges = lens.run([TOKENS]).attribute(TARGET, node_budget=None).edges
+    reference = attribution_of("mistral", "nnsight").edges
+    a, b = (e.set_index(["source", "target"])["weight"] for e in (edges, reference))
+    assert (a.sub(b, fill_value=0)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": "mixed"}, "layout='mixed'"),
+        ({"norm_kind": "batch"}, "norm_kind='batch'"),
+        ({"norm": None, "norm_kind": "layer"}, "none before attention"),
+    ],
+)
+def test_rows_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(sap.SaeAttnError, match=message):
+        replace(ARCHITECTURES["llama"], **changes)
+
+
+def test_a_row_names_modules_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(ARCHITECTURES["llama"], values="self_attn.w_v")
+    monkeypatch.setitem(ARCHITECTURES, "llama", wrong)
+    model = RECIPES["llama"].build()
+    with pytest.raises(sap.UnsupportedError, match=r"'model.layers.0.self_attn.w_v'"):
+        sap.FeatureLens(model, random_saes(model))
+
+
+# -- what users add ------------------------------------------------------------------------------
+
+
+def test_made_up_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    from architecture_models import made_up_model
+
+    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(ARCHITECTURES))
+    model = made_up_model(torch.float64)
+    saes = [random_sae(layer, 20, dtype="float64") for layer in range(2)]
+    with pytest.raises(sap.UnsupportedError, match="'made_up' is not known"):
+        sap.FeatureLens(model, saes)
+    sap.register_architecture(
+        sap.Architecture(
+            model_type="made_up",
+            blocks="trunk",
+            embed="words",
+            pos_embed="places",
+            final_norm="last",
+            unembed="speak",
+            attention="look",
+            out_projection="look.out",
+            values="look.qkv",
+            mlp="think",
+            norm=None,
+            mlp_norm="before_think",
+            post_norm="after_look",
+            layout="interleaved",
+            norm_kind="rms",
+            norm_offset=0.5,
+        )
+    )
+    lens = sap.FeatureLens(model, saes)
+    run = lens.run([TOKENS])
+    attribution = run.attribute(TARGET, node_budget=None)
+    attribution.check_closure(1e-10)
+    logits = lens.intervene(run, [], freeze=FREEZABLE).logits
+    torch.testing.assert_close(logits, run.logits, atol=1e-11, rtol=1e-11)
+
+
+def test_registering_something_else() -> None:
+    with pytest.raises(sap.InputError, match="expected an Architecture, got dict"):
+        sap.register_architecture({"model_type": "x"})  # type: ignore[arg-type]
+
+
+# -- TransformerLens' own small models -----------------------------------------------------------
+
+
+def toy(dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    from helpers import randomize
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    torch.manual_seed(0)
+    cfg = HookedTransformerConfig(
+        **{
+            "n_layers": 3,
+            "d_model": 20,
+            "n_ctx": 40,
+            "d_head": 6,
+            "n_heads": 5,
+            "d_vocab": 61,
+            "d_mlp": 24,
+            "act_fn": "gelu",
+            "normalization_type": "LN",
+            "device": "cpu",
+            "dtype": dtype,
+            **settings,
+        }
+    )
+    model = HookedTransformer(cfg).eval()
+    randomize(model, size=0.2)
+    return model
+
+
+@pytest.mark.parametrize("normalization", [None, "LN", "LNPre", "RMS", "RMSPre"])
+@pytest.mark.parametrize("attn_only", [False, True])
+@pytest.mark.parametrize("positions", ["standard", "rotary"])
+def test_toy_models(normalization: str | None, attn_only: bool, positions: str) -> None:
+    model = toy(
+        normalization_type=normalization,
+        attn_only=attn_only,
+        positional_embedding_type=positions,
+        **({"rotary_dim": 6} if positions == "rotary" else {}),
+    )
+    lens = sap.FeatureLens(model, [random_sae(i, 30, dtype="float64") for i in range(3)])
+    run = lens.run([TOKENS])
+    attribution = run.attribute(TARGET, node_budget=None)
+    attribution.check_closure(1e-10)
+    kinds = {str(n).split(":")[0].split("@")[0] for n in attribution.edges["source"]}
+    assert ("mlp" in kinds) is not attn_only
+    assert ("pos" in kinds) is (positions == "standard")
+    logits = lens.intervene(run, [], freeze=FREEZABLE).logits
+    torch.testing.assert_close(logits, run.logits, atol=1e-11, rtol=1e-11)
+
+
+def test_shortformer_positions_are_refused() -> None:
+    with pytest.raises(sap.UnsupportedError, match="'shortformer' is not supported"):
+        sap.FeatureLens(toy(positional_embedding_type="shortformer"), random_sae(0, 30))
