@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -99,31 +99,52 @@ class FeatureLens:
 
     def to_tokens(self, prompt: str | Sequence[Any] | Tensor) -> Int[Tensor, "batch position"]:
         """Token ids of a prompt, a list of prompts of equal length, or token ids."""
+        rows = self._to_rows(prompt)
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) > 1:
+            raise InputError(
+                f"the prompts have {lengths[0]} to {lengths[-1]} tokens and make no rectangle; "
+                "lens.run(prompts) takes them, one tensor does not"
+            )
+        return torch.stack(rows)
+
+    def _to_rows(self, prompt: str | Sequence[Any] | Tensor) -> list[Int[Tensor, " position"]]:
+        """Token ids of each prompt, checked."""
         g = self.backend.geometry
         if isinstance(prompt, str):
             prompt = [prompt]
         if len(prompt) == 0:
             raise InputError("no prompt given; expected a string, a list of strings or token ids")
-        if not isinstance(prompt, Tensor) and all(isinstance(text, str) for text in prompt):
-            rows = [encode_prompt(self.tokenizer, text, self.prepend_bos) for text in prompt]
-            lengths = sorted({len(row) for row in rows})
-            if len(lengths) > 1:
-                raise InputError(
-                    f"the prompts have {lengths[0]} to {lengths[-1]} tokens; prompts run together "
-                    "must have equal length: run them one by one"
-                )
-            prompt = rows
-        return check_ids(prompt, g.d_vocab, g.n_ctx, g.device)
+        if not isinstance(prompt, Tensor):
+            if all(isinstance(text, str) for text in prompt):
+                prompt = [encode_prompt(self.tokenizer, t, self.prepend_bos) for t in prompt]
+            if len({len(row) for row in prompt if isinstance(row, Sized)}) > 1:
+                return [check_ids(row, g.d_vocab, g.n_ctx, g.device)[0] for row in prompt]
+        return list(check_ids(prompt, g.d_vocab, g.n_ctx, g.device))
 
     def run(self, prompt: str | Sequence[Any] | Tensor) -> Run:
-        """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``."""
-        tokens = self.to_tokens(prompt)
-        texts: tuple[str | None, ...] = (None,) * len(tokens)
+        """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``.
+
+        Prompts may differ in length: those of equal length share a forward pass, and nothing is
+        padded, so each gets the numbers it gets alone. ``run[i]`` is the run of one prompt, with
+        its own tokens only. A run of unequal prompts has no ``tokens`` or ``logits`` as a whole.
+        """
+        rows = self._to_rows(prompt)
+        texts: tuple[str | None, ...] = (None,) * len(rows)
         if isinstance(prompt, str):
             texts = (prompt,)
         elif not isinstance(prompt, Tensor) and all(isinstance(text, str) for text in prompt):
             texts = tuple(prompt)
-        return Run(self, capture(self.backend, tokens), texts)
+        lengths = [len(row) for row in rows]
+        if len(set(lengths)) == 1:
+            return Run(self, capture(self.backend, torch.stack(rows)), texts)
+        runs: dict[int, Run] = {}
+        for length in dict.fromkeys(lengths):
+            members = [i for i, n in enumerate(lengths) if n == length]
+            tokens = torch.stack([rows[i] for i in members])
+            group = Run(self, capture(self.backend, tokens), tuple(texts[i] for i in members))
+            runs |= {i: group[k] for k, i in enumerate(members)}
+        return UnequalRun(self, [runs[i] for i in range(len(rows))])
 
     def intervene(
         self, run: Run, edits: Sequence[Edit], freeze: Iterable[str] = ()
@@ -421,6 +442,36 @@ class Run:
             "token_ids": self.tokens[0].tolist(),
             "versions": _versions(),
         }
+
+
+class UnequalRun(Run):
+    """Runs of prompts of unequal length, side by side; ``run[i]`` is the run of one.
+
+    ``tokens``, ``logits`` and ``capture`` would need padding and are refused.
+    """
+
+    def __init__(self, lens: FeatureLens, runs: Sequence[Run]) -> None:
+        self.lens = lens
+        self.prompts = tuple(run.prompts[0] for run in runs)
+        self._runs = tuple(runs)
+
+    @property
+    def capture(self) -> Capture:  # type: ignore[override]
+        lengths = sorted({run.tokens.shape[1] for run in self._runs})
+        raise InputError(
+            f"the prompts of this run have {lengths[0]} to {lengths[-1]} tokens, so they make no "
+            "rectangle; pick one: run[i]"
+        )
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __getitem__(self, index: int) -> Run:
+        return self._runs[index]
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(str(run.tokens.shape[1]) for run in self._runs)
+        return f"Run of {len(self)} prompts, {lengths} tokens"
 
 
 def _measured(reader: StreamReader, value: float) -> StreamReader:

@@ -152,7 +152,7 @@ class FrozenAutograd:
         self.n_heads = model.config.num_attention_heads
         self.leaves: dict[str, torch.Tensor] = {}  # name -> [position] or [position, feature]
         self.z: list[torch.Tensor] = []
-        blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        blocks: Any = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
         learned = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
         handles = [
             module.register_forward_hook(self._scaled(name))
@@ -298,14 +298,14 @@ def made_up_model(dtype: torch.dtype) -> PreTrainedModel:
             return CausalLMOutput(logits=self.speak(self.last(x)))  # type: ignore[arg-type]
 
     torch.manual_seed(0)
-    config = MadeUpConfig(
-        num_hidden_layers=2,
-        hidden_size=width,
-        num_attention_heads=heads,
-        head_dim=d_head,
-        max_position_embeddings=40,
-        attn_implementation="eager",
-    )
-    model = MadeUpModel(config)
+    settings: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "head_dim": d_head,
+        "max_position_embeddings": 40,
+        "attn_implementation": "eager",
+    }
+    model: Any = MadeUpModel(MadeUpConfig(**settings))
     randomize(model, size=0.3)
     return model.to(dtype).eval()

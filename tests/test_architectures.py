@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from architecture_models import RECIPES, FrozenAutograd
-from helpers import HOSTS, TrueFloat64, on_host, random_sae, random_saes, word_tokenizer
+from helpers import ALL_HOSTS, HOSTS, TrueFloat64, on_host, random_sae, random_saes, word_tokenizer
 from torch import Tensor
 
 import sae_attn_plugin as sap
@@ -65,6 +66,11 @@ def _attribution(name: str, host: str, dtype: str) -> sap.Attribution:
         return run.attribute(TARGET, node_budget=None)
 
 
+def weights_of(attribution: sap.Attribution) -> Any:
+    """Edge weights by (source, target)."""
+    return attribution.edges.set_index(["source", "target"])["weight"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "host"), PAIRS)
 def test_ledger_closes(name: str, host: str, dtype: str) -> None:
@@ -100,13 +106,10 @@ def test_edges_match_autograd(name: str) -> None:
 def test_hosts_agree(name: str, host: str, dtype: str, tolerance: float) -> None:
     """In float64 too only to 1e-6: each host has float32 rotary angles of its own."""
     reference, other = (attribution_of(name, h, dtype) for h in ("nnsight", host))
-    a, b = (
-        one.edges.set_index(["source", "target"])["weight"].sort_index()
-        for one in (reference, other)
-    )
+    a, b = (weights_of(one).sort_index() for one in (reference, other))
     assert list(a.index) == list(b.index)
-    size = a.abs().groupby(level="target", observed=True).sum()
-    relative = (a - b).abs() / size.reindex(a.index.get_level_values("target")).to_numpy()
+    size = a.abs().groupby(level="target", observed=True).transform("sum")
+    relative = (a - b).abs() / size
     assert relative.max() <= tolerance
 
 
@@ -114,8 +117,8 @@ def test_hosts_agree(name: str, host: str, dtype: str, tolerance: float) -> None
 def test_heads_sum_to_edges(name: str) -> None:
     attribution = attribution_of(name, "nnsight")
     split = attribution.edges_by_head()
-    total = split.groupby(["source", "target"], observed=True)["weight"].sum()
-    whole = attribution.edges.set_index(["source", "target"])["weight"]
+    total: Any = split.groupby(["source", "target"], observed=True)["weight"].sum()
+    whole = weights_of(attribution)
     np.testing.assert_allclose(total.reindex(whole.index), whole, atol=1e-12, rtol=1e-9)
     assert split["head"].nunique() == run_of(name, "nnsight").lens.backend.geometry.n_heads
 
@@ -133,7 +136,7 @@ def test_frozen_parts_change_nothing_by_themselves(name: str, host: str) -> None
 def test_frozen_intervention_is_the_edge(name: str, host: str) -> None:
     """Taking a writer away changes targets by its edge, with everything between held."""
     run, attribution = run_of(name, host), attribution_of(name, host)
-    edges = attribution.edges.set_index(["source", "target"])["weight"]
+    edges = weights_of(attribution)
     root = str(attribution.ledger.index[0])
     features = [str(t) for t in attribution.ledger.index if str(t).startswith("attn:2:")]
     rows = {str(run.writers.node(i)): i for i in range(len(run.writers))}
@@ -188,6 +191,14 @@ def test_logit_targets_are_read_before_the_soft_cap(host: str) -> None:
     assert float(run.logits[0, -1, 7]) == pytest.approx(6 * np.tanh(value / 6), rel=1e-12)
     assert abs(value - float(run.logits[0, -1, 7])) > 1e-4
     assert float(result.value(sap.Logit(7))) == pytest.approx(value, rel=1e-12)
+
+
+def test_table_in_the_docs_is_current() -> None:
+    """``python tests/architecture_table.py`` writes it anew."""
+    from architecture_table import HOSTS_PAGE, with_table
+
+    text = HOSTS_PAGE.read_text(encoding="utf-8")
+    assert with_table(text) == text
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -279,10 +290,12 @@ def test_patterns_keep_to_the_window(name: str, host: str) -> None:
     pattern = run.frozen.layers[0].pattern
     assert not pattern[:, 8, :5].any()
     assert pattern[:, 8, 5:].all()
-    into = edges[edges["target"].astype(str).str.match(r"attn:[02]:\d+@8")]
-    sources = into["source"].astype(str).str.extract(r"@(\d+)$")[0].astype(int)
-    assert len(into) > 0
-    assert sources.min() >= 5
+    sources = {
+        sap.Node.parse(str(source)).position
+        for source, target in zip(edges["source"], edges["target"], strict=True)
+        if re.fullmatch(r"attn:[02]:\d+@8", str(target))
+    }
+    assert sources == {5, 6, 7, 8}
 
 
 def test_a_forgotten_window_breaks_the_hosts_agreement() -> None:
@@ -291,10 +304,9 @@ def test_a_forgotten_window_breaks_the_hosts_agreement() -> None:
     with TrueFloat64():
         hooked = on_host(plain, "hooked_transformer")
         lens = sap.FeatureLens(hooked, random_saes(plain), tokenizer=word_tokenizer())
-        edges = lens.run([TOKENS]).attribute(TARGET, node_budget=None).edges
-    reference = attribution_of("mistral", "nnsight").edges
-    a, b = (e.set_index(["source", "target"])["weight"] for e in (edges, reference))
-    assert (a.sub(b, fill_value=0)).abs().max() > 1e-2
+        wider = lens.run([TOKENS]).attribute(TARGET, node_budget=None)
+    reference = attribution_of("mistral", "nnsight")
+    assert weights_of(wider).sub(weights_of(reference), fill_value=0).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -365,7 +377,7 @@ def test_registering_something_else() -> None:
 # -- TransformerLens' own small models -----------------------------------------------------------
 
 
-def toy(dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+def toy(**settings: Any) -> Any:
     from helpers import randomize
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -382,7 +394,7 @@ def toy(dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
             "act_fn": "gelu",
             "normalization_type": "LN",
             "device": "cpu",
-            "dtype": dtype,
+            "dtype": torch.float64,
             **settings,
         }
     )
@@ -393,7 +405,7 @@ def toy(dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("normalization", [None, "LN", "LNPre", "RMS", "RMSPre"])
 @pytest.mark.parametrize("attn_only", [False, True])
-@pytest.mark.parametrize("positions", ["standard", "rotary"])
+@pytest.mark.parametrize("positions", ["standard", "rotary", "alibi"])
 def test_toy_models(normalization: str | None, attn_only: bool, positions: str) -> None:
     model = toy(
         normalization_type=normalization,
@@ -415,3 +427,56 @@ def test_toy_models(normalization: str | None, attn_only: bool, positions: str) 
 def test_shortformer_positions_are_refused() -> None:
     with pytest.raises(sap.UnsupportedError, match="'shortformer' is not supported"):
         sap.FeatureLens(toy(positional_embedding_type="shortformer"), random_sae(0, 30))
+
+
+# -- prompts of unequal length -------------------------------------------------------------------
+
+UNEQUAL = [[5, 9, 3, 17], [5, 9, 3, 17, 40, 22, 8], [2, 31, 7, 4], [11]]
+
+
+@pytest.mark.parametrize(
+    ("name", "host"), [pair for pair in PAIRS if pair[0] in ("gpt2", "gemma2")]
+)
+def test_prompts_of_unequal_length_are_as_alone(name: str, host: str) -> None:
+    lens = run_of(name, host).lens
+    with TrueFloat64():
+        together = lens.run(UNEQUAL)
+        alone = [lens.run([tokens]) for tokens in UNEQUAL]
+        assert len(together) == len(UNEQUAL)
+        for one, other in zip((together[i] for i in range(4)), alone, strict=True):
+            assert one.tokens.tolist() == other.tokens.tolist()
+            torch.testing.assert_close(one.logits, other.logits, atol=1e-12, rtol=1e-12)
+            a, b = (run.attribute(TARGET, node_budget=None) for run in (one, other))
+            np.testing.assert_allclose(weights_of(a), weights_of(b), atol=1e-11)
+    features = together.features()
+    assert features["prompt"].unique().tolist() == [0, 1, 2, 3]
+
+
+def test_strings_of_unequal_length() -> None:
+    lens = run_of("llama", "nnsight").lens
+    run = lens.run(["w5 w9", "w5 w9 w3 w17"])
+    assert [run[i].token_strings[-1] for i in range(2)] == ["w9", "w17"]
+    assert run[-1].prompts == ("w5 w9 w3 w17",)
+    assert repr(run) == "Run of 2 prompts, 2, 4 tokens"
+    for refused in (lambda: run.tokens, lambda: run.logits, lambda: lens.intervene(run, [])):
+        with pytest.raises(sap.InputError, match=r"2 to 4 tokens.*run\[i\]"):
+            refused()
+    with pytest.raises(sap.InputError, match="pick one"):
+        run.attribute(TARGET)
+    with pytest.raises(sap.InputError, match="make no rectangle"):
+        lens.to_tokens(["w5", "w5 w9"])
+    with pytest.raises(IndexError):
+        run[2]
+
+
+@pytest.mark.parametrize("host", ALL_HOSTS)
+def test_a_pad_token_in_a_prompt_is_a_token(host: str) -> None:
+    """No host takes it for padding: nothing is masked and positions count from 0."""
+    model = RECIPES["gpt2"].build()
+    tokens = torch.tensor([[0, 0, 5, 9, 0]])  # 0 is the tokenizer's padding token
+    lens = sap.FeatureLens(
+        on_host(model, host, word_tokenizer()), random_saes(model), tokenizer=word_tokenizer()
+    )
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    torch.testing.assert_close(lens.run(tokens).logits, expected, atol=1e-4, rtol=1e-4)
