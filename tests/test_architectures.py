@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from architecture_models import RECIPES, FrozenAutograd
@@ -480,3 +481,49 @@ def test_a_pad_token_in_a_prompt_is_a_token(host: str) -> None:
     with torch.no_grad():
         expected = model(tokens, attention_mask=torch.ones_like(tokens)).logits
     torch.testing.assert_close(lens.run(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+# -- half precision and offloaded weights --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize(
+    ("name", "host"), [pair for pair in PAIRS if pair[0] in ("gpt2", "gptj", "gemma2", "olmo2")]
+)
+def test_half_precision(name: str, host: str, dtype: torch.dtype, bound: float) -> None:
+    model = RECIPES[name].build(dtype)
+    saes = random_saes(model, dtype="float32")
+    lens = sap.FeatureLens(on_host(model, host), saes, tokenizer=word_tokenizer())
+    run = lens.run([TOKENS])
+    assert run.logits.dtype == run.capture["z", 0].dtype == dtype
+    attribution = run.attribute(TARGET, node_budget=None)
+    assert attribution.flow.weight.dtype == np.float32
+    assert 1e-5 < attribution.worst_residual < bound  # reported, since the host rounds
+    again = lens.intervene(run, [], freeze=FREEZABLE)
+    assert again.logits.dtype == dtype
+    assert abs(float(again.effect(TARGET))) < 0.05
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_weights_that_accelerate_keeps_elsewhere(name: str, how: str, tmp_path: Any) -> None:
+    import accelerate
+
+    model: Any = RECIPES[name].build()
+    saes, device = random_saes(model), torch.device("cpu")
+    match how:
+        case "cpu":
+            accelerate.cpu_offload(model, execution_device=device)
+        case "disk":
+            accelerate.disk_offload(model, tmp_path, execution_device=device)
+        case "dispatch":
+            accelerate.dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    weights = {parameter.device.type for parameter in model.parameters()}
+    lens = sap.FeatureLens(model, saes, tokenizer=word_tokenizer())
+    run = lens.run([TOKENS])
+    found = weights_of(run.attribute(TARGET, node_budget=None))
+    pd.testing.assert_series_equal(found, weights_of(attribution_of(name, "nnsight", "float32")))
+    assert lens.backend.geometry.device == device
+    assert {parameter.device.type for parameter in model.parameters()} == weights
+    logits = lens.intervene(run, [], freeze=FREEZABLE).logits
+    torch.testing.assert_close(logits, run.logits, atol=1e-4, rtol=1e-4)

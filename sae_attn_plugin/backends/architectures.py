@@ -271,7 +271,7 @@ def read_geometry(model: nn.Module, architecture: Architecture) -> Geometry:
         parallel=bool(getattr(config, parallel)) if isinstance(parallel, str) else parallel,
         has_mlp=True,
         dtype=embedding.weight.dtype,
-        device=_execution_device(embedding),
+        device=execution_device(embedding),
         mlp_post_norm=architecture.mlp_post_norm is not None,
         logit_soft_cap=None if cap is None else getattr(config, cap, None),
     )
@@ -343,7 +343,7 @@ def materialised(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _execution_device(module: nn.Module) -> torch.device:
+def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes, which under accelerate need not be where its weights lie."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     weight: Any = module.weight

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sae_attn_plugin.backends.architectures import (
     check_modules,
+    execution_device,
     find_architecture,
     read_geometry,
     read_layer,
@@ -54,6 +55,8 @@ class HuggingFaceBackend:
         self._nn = NNsight(model) if isinstance(model, nn.Module) else model
         self.model: Any = self._nn._module
         self.tokenizer = tokenizer or getattr(self._nn, "tokenizer", None)
+        if _is_offloaded(self.model):
+            self._nn = _offloaded(self.model)
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self._architecture = find_architecture(self.model.config.model_type)
         check_modules(self.model, self._architecture)
@@ -177,3 +180,21 @@ class HuggingFaceBackend:
             value = edits[site](value)
             envoy.input = value.flatten(-2)
         found[site] = value
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights elsewhere until they are needed."""
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hooked and any(p.is_meta for p in model.parameters())
+
+
+def _offloaded(model: nn.Module) -> Any:
+    """A wrapper that sends inputs where the model computes, not where its first weight lies."""
+    from nnsight import NNsight
+
+    class Offloaded(NNsight):
+        @property
+        def device(self) -> torch.device | None:
+            return execution_device(model.get_input_embeddings())  # type: ignore[operator]
+
+    return Offloaded(model)

@@ -320,7 +320,7 @@ def self_check(backend: Backend) -> None:
         same(f"writers sum to resid_pre in layer {layer}", stream, resid)
         values = weights.values(weights.norm.as_host(resid))
         same(f"v = N(resid_pre) W_V + b_V in layer {layer}", values, v)
-        same(f"z = pattern @ v in layer {layer}", mix_values(run["pattern", layer], v), z)
+        same(f"z = pattern @ v in layer {layer}", mix_values(run["pattern", layer].to(v), v), z)
         out = weights.attn_out(z)
         if weights.post_norm is not None:
             out = weights.post_norm.as_host(out)
