@@ -57,6 +57,8 @@ class FeatureLens:
         tokenizer: default: the model object's own.
         prepend_bos: whether string prompts get a BOS token. None: as the SAEs' metadata says,
             else the tokenizer's own convention.
+        remote: for nnsight models: ``True`` runs every forward pass on nnsight's remote service,
+            ``"local"`` serialises as a remote run does and runs here. The algebra stays here.
 
     Raises:
         InputError, UnsupportedError, BackendError: what does not fit, and what to do.
@@ -65,9 +67,15 @@ class FeatureLens:
     """
 
     def __init__(
-        self, model: Any, saes: Any, *, tokenizer: Any = None, prepend_bos: bool | None = None
+        self,
+        model: Any,
+        saes: Any,
+        *,
+        tokenizer: Any = None,
+        prepend_bos: bool | None = None,
+        remote: bool | str = False,
     ) -> None:
-        self.backend = as_backend(model, tokenizer)
+        self.backend = as_backend(model, tokenizer, remote)
         self.dictionaries = place(saes, self.backend.geometry)
         self._prepend_bos = prepend_bos
 

@@ -7,7 +7,7 @@ checked against the model itself before the model is accepted, so a wrong one is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sae_attn_plugin.backends.protocol import Geometry, LayerWeights, Norm
+from sae_attn_plugin.backends.walk import select_values, submodule
 from sae_attn_plugin.errors import InputError, UnsupportedError
 
+# Weight and bias of a module, wherever they lie.
+WeightSource = Callable[[nn.Module], "tuple[Tensor | None, Tensor | None]"]
 QKVLayout = Literal["separate", "stacked", "interleaved"]
 
 
@@ -84,19 +87,7 @@ class Architecture:
 
     def select_values(self, out: Tensor, geometry: Geometry) -> Tensor:
         """``[..., n_kv, d_head]`` from the output of the ``values`` module."""
-        g = geometry
-        if self.layout == "interleaved":
-            return out.unflatten(-1, (g.n_kv_heads, 3 * g.d_head))[..., 2 * g.d_head :]
-        return out[..., -g.n_kv_heads * g.d_head :].unflatten(-1, (g.n_kv_heads, g.d_head))
-
-    def replace_values(self, out: Tensor, values: Tensor) -> Tensor:
-        """The output of the ``values`` module with other values in it."""
-        if self.layout == "interleaved":
-            d_head = values.shape[-1]
-            rest = out.unflatten(-1, (-1, 3 * d_head))[..., : 2 * d_head]
-            return torch.cat([rest, values], dim=-1).flatten(-2)
-        flat = values.flatten(-2)
-        return torch.cat([out[..., : out.shape[-1] - flat.shape[-1]], flat], dim=-1)
+        return select_values(out, self.layout, geometry.n_kv_heads, geometry.d_head)
 
 
 _GPT2 = Architecture(
@@ -218,13 +209,6 @@ def find_architecture(model_type: str) -> Architecture:
         ) from None
 
 
-def submodule(root: Any, path: str) -> Any:
-    """The module or envoy at a dotted path."""
-    for name in path.split("."):
-        root = root[int(name)] if name.isdigit() else getattr(root, name)
-    return root
-
-
 def check_modules(model: nn.Module, architecture: Architecture) -> None:
     """Check that the modules a row names are there.
 
@@ -278,17 +262,21 @@ def read_geometry(model: nn.Module, architecture: Architecture) -> Geometry:
 
 
 def read_layer(
-    model: nn.Module, architecture: Architecture, geometry: Geometry, layer: int
+    model: nn.Module,
+    architecture: Architecture,
+    geometry: Geometry,
+    layer: int,
+    source: WeightSource | None = None,
 ) -> LayerWeights:
     """The attention weights of one layer of a Hugging Face model."""
     g, row = geometry, architecture
     block = submodule(model, row.blocks)[layer]
 
     def norm(path: str | None) -> Norm | None:
-        return None if path is None else read_norm(submodule(block, path), row)
+        return None if path is None else read_norm(submodule(block, path), row, source)
 
-    W_out, b_out = read_matrix(submodule(block, row.out_projection))
-    W_values, b_values = read_matrix(submodule(block, row.values))
+    W_out, b_out = read_matrix(submodule(block, row.out_projection), source)
+    W_values, b_values = read_matrix(submodule(block, row.values), source)
     W_V = row.select_values(W_values, g)
     zeros = torch.zeros(g.n_kv_heads, g.d_head, dtype=W_V.dtype, device=W_V.device)
     return LayerWeights(
@@ -303,17 +291,16 @@ def read_layer(
     )
 
 
-def read_norm(module: nn.Module, architecture: Architecture) -> Norm:
+def read_norm(
+    module: nn.Module, architecture: Architecture, source: WeightSource | None = None
+) -> Norm:
     """Weight (offset added), bias and epsilon of a norm module."""
     eps = next(
         float(getattr(module, name))  # each family names it its own way
         for name in ("eps", "variance_epsilon")
         if hasattr(module, name)
     )
-    with materialised(module):
-        weight, bias = module.weight, getattr(module, "bias", None)
-        weight = weight.detach() if isinstance(weight, Tensor) else None
-        bias = bias.detach() if isinstance(bias, Tensor) else None
+    weight, bias = (source or own_weights)(module)
     if weight is not None and architecture.norm_offset:
         # Added in float32, as the hosts do.
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -321,26 +308,28 @@ def read_norm(module: nn.Module, architecture: Architecture) -> Norm:
     return Norm(architecture.norm_kind, eps, weight, bias)
 
 
-def read_matrix(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def read_matrix(
+    module: nn.Module, source: WeightSource | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Weight as ``[in, out]`` and bias of a Linear or of GPT-2's Conv1D."""
-    with materialised(module):
-        weight: Any = module.weight
-        bias: Any = getattr(module, "bias", None)
-        # Conv1D already stores [in, out].
-        matrix = weight if type(module).__name__ == "Conv1D" else weight.T
-        return matrix.detach(), None if bias is None else bias.detach()
+    weight, bias = (source or own_weights)(module)
+    assert weight is not None
+    # Conv1D already stores [in, out].
+    return (weight if type(module).__name__ == "Conv1D" else weight.T), bias
 
 
-@contextlib.contextmanager
-def materialised(module: nn.Module) -> Iterator[None]:
-    """Weights that accelerate keeps elsewhere, on their device while one looks at them."""
-    if not hasattr(module, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
+def own_weights(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a module, brought from where accelerate keeps them if it does."""
+    if hasattr(module, "_hf_hook"):
+        from accelerate.utils import align_module_device
 
-    with align_module_device(module):
-        yield
+        context: Any = align_module_device(module)
+    else:
+        context = contextlib.nullcontext()
+    with context:
+        found = (getattr(module, "weight", None), getattr(module, "bias", None))
+        weight, bias = (t.detach() if isinstance(t, Tensor) else None for t in found)
+    return weight, bias
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_attn_plugin.backends.architectures import (
+    WeightSource,
     check_modules,
     execution_device,
     find_architecture,
@@ -22,7 +24,6 @@ from sae_attn_plugin.backends.architectures import (
     read_layer,
     read_matrix,
     read_norm,
-    submodule,
 )
 from sae_attn_plugin.backends.protocol import (
     LAYER_SITES,
@@ -33,6 +34,7 @@ from sae_attn_plugin.backends.protocol import (
     Site,
     self_check,
 )
+from sae_attn_plugin.backends.walk import fetch, submodule, walk
 from sae_attn_plugin.errors import BackendError, InputError
 
 
@@ -42,6 +44,9 @@ class HuggingFaceBackend:
     Args:
         model: ``nnsight.NNsight``, ``TransformersModel`` / ``LanguageModel``, or the bare model.
         tokenizer: needed for string prompts where the model object has none.
+        remote: ``True`` (nnsight's remote service), its address, or ``"local"`` (serialise like a
+            remote run, then run here): every forward pass is sent there, and what the algebra needs
+            comes back. The weights it needs are fetched once.
 
     A model that does not return its attention weights (sdpa, flash attention) is switched to eager
     attention, with a warning, since attributions need the pattern.
@@ -49,13 +54,19 @@ class HuggingFaceBackend:
 
     host = "nnsight"
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, remote: bool | str = False) -> None:
         from nnsight import NNsight  # importing it patches object and torch: only when needed
 
         self._nn = NNsight(model) if isinstance(model, nn.Module) else model
         self.model: Any = self._nn._module
+        self.remote = remote
+        if remote and not hasattr(self._nn, "_remote_backend"):
+            raise InputError(
+                f"remote={remote!r} needs a model that nnsight can find on the other side; load it "
+                f"as nnsight.TransformersModel(name), not as {type(model).__name__}"
+            )
         self.tokenizer = tokenizer or getattr(self._nn, "tokenizer", None)
-        if _is_offloaded(self.model):
+        if not remote and _is_offloaded(self.model):
             self._nn = _offloaded(self.model)
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self._architecture = find_architecture(self.model.config.model_type)
@@ -67,7 +78,13 @@ class HuggingFaceBackend:
             raise InputError(
                 "the model is in training mode (dropout is on); call model.eval() first"
             )
-        if self.model.config._attn_implementation != "eager":
+        self._source: WeightSource | None = None
+        if remote:
+            # The model here may hold no weights at all.
+            self.geometry = replace(self.geometry, device=torch.device("cpu"))
+            self._source = self._fetched
+            self._fetch()
+        elif self.model.config._attn_implementation != "eager":
             warnings.warn(
                 f"{self.geometry.model_name} uses {self.model.config._attn_implementation!r} "
                 "attention, which returns no attention weights: switched to 'eager'. Load it with "
@@ -78,13 +95,14 @@ class HuggingFaceBackend:
         self_check(self)
 
     def layer_weights(self, layer: int) -> LayerWeights:
-        return read_layer(self.model, self._architecture, self.geometry, layer)
+        return read_layer(self.model, self._architecture, self.geometry, layer, self._source)
 
     def final_norm(self) -> Norm:
-        return read_norm(submodule(self.model, self._architecture.final_norm), self._architecture)
+        row = self._architecture
+        return read_norm(submodule(self.model, row.final_norm), row, self._source)
 
     def unembed(self) -> tuple[Tensor, Tensor | None]:
-        return read_matrix(submodule(self.model, self._architecture.unembed))
+        return read_matrix(submodule(self.model, self._architecture.unembed), self._source)
 
     def forward(
         self,
@@ -92,94 +110,71 @@ class HuggingFaceBackend:
         edits: Mapping[Site, Edit] | None = None,
         reads: Iterable[Site] = (),
     ) -> dict[Site, Tensor]:
-        edits = dict(edits or {})
-        wanted = set(reads) | set(edits)
+        edits, reads = dict(edits or {}), set(reads)
         if refused := [str(site) for site in edits if site.name in READ_ONLY_SITES]:
             raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
-        found: dict[Site, Tensor] = {}
-        with self._lock, torch.no_grad(), self._nn.trace(tokens, use_cache=False):
-            self._body(wanted, edits, found)
-        if missing := wanted - set(found):
+        wanted = reads | set(edits)
+        with self._lock, torch.no_grad():
+            found = self._trace(tokens, wanted, edits, reads)
+        if missing := reads - set(found):
             raise BackendError(f"not found in the model: {', '.join(map(str, missing))}")
         return found
 
-    def _body(self, wanted: set[Site], edits: dict[Site, Edit], found: dict[Site, Tensor]) -> None:
-        """Runs inside the trace, in the order of execution."""
-        arch, root = self._architecture, self._nn
+    def _trace(
+        self, tokens: Tensor, wanted: set[Site], edits: dict[Site, Edit], reads: set[Site]
+    ) -> dict[Site, Tensor]:
+        # Only plain data enters the trace, since a remote one is sent elsewhere.
+        g, root, remote = self.geometry, self._nn, self.remote
+        row, shape = dict(vars(self._architecture)), (g.n_heads, g.n_kv_heads, g.d_head)
+        layers = sorted({site.layer for site in wanted if site.name in LAYER_SITES})
+        read_at = {tuple(site) for site in reads}
+        edit_at = {tuple(site): edit for site, edit in edits.items()}
+        results: dict[Any, Any] = {}
+        options: dict[str, Any] = {"use_cache": False}
+        if not remote:
+            with root.trace(tokens, **options):
+                results.update(walk(root, row, shape, layers, read_at, edit_at, False))
+        else:
+            from nnsight import save
 
-        def visit(site: Site, envoy: Any, side: str) -> None:
-            if site in wanted:
-                value = getattr(envoy, side)
-                if site in edits:
-                    value = edits[site](value)
-                    setattr(envoy, side, value)
-                found[site] = value
+            with root.trace(tokens, remote=remote, **options):
+                back = save(walk(root, row, shape, layers, read_at, edit_at, True))
+            results.update(back)
+        return {Site(*site): value for site, value in results.items()}
 
-        visit(Site("embed"), submodule(root, arch.embed), "output")
-        if arch.pos_embed is not None:
-            visit(Site("pos_embed"), submodule(root, arch.pos_embed), "output")
-        blocks = submodule(root, arch.blocks)
-        layers = {site.layer for site in wanted if site.name in LAYER_SITES}
-        for layer in sorted(layers):
-            block = blocks[layer]
-            visit(Site("resid_pre", layer), block, "input")
-            if arch.norm is not None:
-                visit(Site("attn_in", layer), submodule(block, arch.norm), "output")
-            self._visit_values(
-                Site("v", layer), submodule(block, arch.values), wanted, edits, found
+    # -- remote ----------------------------------------------------------------------------------
+
+    def _fetch(self) -> None:
+        """Bring every weight the algebra needs from where the model is, once."""
+        from nnsight import ndif, save
+
+        import sae_attn_plugin
+
+        # What runs in a trace is sent by its source: the other side does not have this package.
+        ndif.register(sae_attn_plugin)
+        row, root, remote = self._architecture, self._nn, self.remote
+        in_block = (row.values, row.out_projection, row.norm, row.mlp_norm, row.post_norm)
+        paths = [row.final_norm, row.unembed]
+        for layer in range(self.geometry.n_layers):
+            paths += [
+                f"{row.blocks}.{layer}.{path}"
+                for path in dict.fromkeys((*in_block, row.mlp_post_norm))
+                if path is not None
+            ]
+        tokens = torch.ones(1, 1, dtype=torch.long)
+        with self._lock, torch.no_grad(), root.trace(tokens, remote=remote, use_cache=False):
+            back = save(fetch(root, paths))
+        device = self.geometry.device
+        self._weights = {
+            id(submodule(self.model, path)): tuple(
+                None if tensor is None else tensor.to(device) for tensor in pair
             )
-            projection = submodule(block, arch.out_projection)
-            self._visit_z(Site("z", layer), projection, wanted, edits, found)
-            if arch.post_norm is None:
-                visit(Site("attn_out", layer), projection, "output")
-            if Site("pattern", layer) in wanted:
-                found[Site("pattern", layer)] = submodule(block, arch.attention).output[1]
-            if arch.post_norm is not None:
-                visit(Site("attn_out", layer), submodule(block, arch.post_norm), "output")
-            mlp = submodule(block, arch.mlp)
-            if arch.mlp_norm is not None:
-                visit(Site("mlp_in", layer), mlp, "input")
-            if arch.mlp_post_norm is None:
-                visit(Site("mlp_out", layer), mlp, "output")
-            else:
-                visit(Site("mlp_raw", layer), mlp, "output")
-                visit(Site("mlp_out", layer), submodule(block, arch.mlp_post_norm), "output")
-        visit(Site("resid_final"), submodule(root, arch.final_norm), "input")
-        visit(Site("unembed_in"), submodule(root, arch.final_norm), "output")
-        found[Site("logits")] = root.output.logits
+            for path, pair in back.items()
+        }
 
-    def _visit_values(
-        self,
-        site: Site,
-        envoy: Any,
-        wanted: set[Site],
-        edits: dict[Site, Edit],
-        found: dict[Site, Tensor],
-    ) -> None:
-        if site not in wanted:
-            return
-        out = envoy.output
-        value = self._architecture.select_values(out, self.geometry)
-        if site in edits:
-            value = edits[site](value)
-            envoy.output = self._architecture.replace_values(out, value)
-        found[site] = value
-
-    def _visit_z(
-        self,
-        site: Site,
-        envoy: Any,
-        wanted: set[Site],
-        edits: dict[Site, Edit],
-        found: dict[Site, Tensor],
-    ) -> None:
-        if site not in wanted:
-            return
-        value = envoy.input.unflatten(-1, (self.geometry.n_heads, self.geometry.d_head))
-        if site in edits:
-            value = edits[site](value)
-            envoy.input = value.flatten(-2)
-        found[site] = value
+    def _fetched(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self._weights[id(module)]
+        return weight, bias
 
 
 def _is_offloaded(model: nn.Module) -> bool:

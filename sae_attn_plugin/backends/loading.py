@@ -10,7 +10,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from sae_attn_plugin.backends.architectures import find_architecture, read_norm, submodule
+from sae_attn_plugin.backends.architectures import find_architecture, read_norm
+from sae_attn_plugin.backends.walk import submodule
 from sae_attn_plugin.errors import InputError, UnsupportedError
 
 Host = Literal["transformer_lens", "transformer_bridge", "nnsight"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -16,11 +16,11 @@ from sae_attn_plugin.backends.protocol import (
     LayerWeights,
     Norm,
     Site,
-    mix_values,
     uncapped_logits,
 )
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
 from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, Edit, SetFeature
 from sae_attn_plugin.nodes import Feature, Logit, LogitDiff
 
@@ -118,8 +118,8 @@ class _Hooks:
     def __init__(self, lens: FeatureLens, run: Run, frozen: set[str]) -> None:
         self.lens, self.run, self.frozen = lens, run, frozen
         self.clean: Capture = run.capture
-        self.seen: dict[Site, Tensor] = {}
-        self.watched: set[Site] = set()
+        self.seen: dict[Any, Tensor] = {}
+        self.watched: set[tuple[str, int]] = set()
         self.steps: defaultdict[Site, list[SiteEdit]] = defaultdict(list)
 
     def check(self, edit: Edit) -> None:
@@ -144,26 +144,23 @@ class _Hooks:
 
     def build(self, edits: Sequence[Edit]) -> dict[Site, SiteEdit]:
         """One edit per site; each records what it leaves where a later one asks for it."""
-        g, steps = self.lens.backend.geometry, self.steps
+        g = self.lens.backend.geometry
         for layer in range(g.n_layers):
             weights = self.lens.backend.layer_weights(layer)
             if "patterns" in self.frozen:
-                v = self._watch("v", layer)
-                pattern = self.clean["pattern", layer]
-                steps[Site("z", layer)].append(
-                    lambda z, v=v, pattern=pattern: mix_values(pattern.to(z), self.seen[v].to(z))
-                )
+                v, pattern = self._watch("v", layer), self.clean["pattern", layer]
+                self.add("z", layer, steps.mix(self.seen, v, pattern))
             if "norms" in self.frozen:
                 self._freeze_norms(layer, weights)
             if "attention" in self.frozen:
-                steps[Site("attn_out", layer)].append(self._clean("attn_out", layer))
+                self.add("attn_out", layer, steps.constant(self.clean["attn_out", layer]))
             if "mlp" in self.frozen and g.has_mlp:
-                steps[Site("mlp_out", layer)].append(self._clean("mlp_out", layer))
+                self.add("mlp_out", layer, steps.constant(self.clean["mlp_out", layer]))
             of_layer = [
                 e for e in edits if isinstance(e, SetFeature | AblateFeature) and e.layer == layer
             ]
             if of_layer:
-                steps[Site("z", layer)].append(self._set_features(layer, of_layer))
+                self.add("z", layer, self._set_features(layer, of_layer))
         if "norms" in self.frozen:
             # The final residual is rebuilt from the live sites of the last layer.
             stream = self._stream(g.n_layers - 1, *["attn_out", "mlp_out"][: 1 + g.has_mlp])
@@ -171,11 +168,15 @@ class _Hooks:
             self._freeze_norm("unembed_in", -1, self.lens.backend.final_norm(), clean, stream)
         for edit in edits:
             if isinstance(edit, AddToStream):
-                site = Site(edit.site, -1 if edit.site == "embed" else edit.layer)
-                steps[site].append(self._add(edit))
-        for site in self.watched:
-            steps[site].append(self._see(site))
-        return {site: _chain(found) for site, found in steps.items()}
+                position = self.run.resolve_position(edit.position)
+                layer = -1 if edit.site == "embed" else edit.layer
+                self.add(edit.site, layer, steps.add(edit.vector, position))
+        for name, layer in self.watched:
+            self.add(name, layer, steps.see(self.seen, (name, layer)))
+        return {site: steps.chain(found) for site, found in self.steps.items()}
+
+    def add(self, name: str, layer: int, step: SiteEdit) -> None:
+        self.steps[Site(name, layer)].append(step)
 
     def _freeze_norms(self, layer: int, weights: LayerWeights) -> None:
         """Hold the scales of a layer's norms, before and after its blocks."""
@@ -185,7 +186,7 @@ class _Hooks:
         if weights.post_norm is not None:
             z = self._watch("z", layer)
             raw = weights.attn_out(clean["z", layer].to(weights.W_O))
-            live = lambda: weights.attn_out(self.seen[z].to(weights.W_O))  # noqa: E731
+            live = steps.projected(self.seen, z, weights.W_O, weights.b_O)
             self._freeze_norm("attn_out", layer, weights.post_norm, raw, live)
         if not g.has_mlp:
             return
@@ -198,7 +199,7 @@ class _Hooks:
         if weights.mlp_post_norm is not None:
             raw = self._watch("mlp_raw", layer)
             norm, value = weights.mlp_post_norm, clean["mlp_raw", layer]
-            self._freeze_norm("mlp_out", layer, norm, value, lambda: self.seen[raw])
+            self._freeze_norm("mlp_out", layer, norm, value, steps.stream(self.seen, [raw]))
 
     def _freeze_norm(
         self, name: str, layer: int, norm: Norm, clean: Tensor, live: Callable[[], Tensor]
@@ -207,76 +208,23 @@ class _Hooks:
         if norm.kind == "none":
             return
         scale = norm.scale(clean.to(torch.promote_types(clean.dtype, torch.float32)))
-        self.steps[Site(name, layer)].append(lambda y: norm.as_host(live().to(y), scale))
+        step = steps.normalised(live, norm.kind == "layer", norm.weight, norm.bias, scale)
+        self.add(name, layer, step)
 
     def _stream(self, layer: int, *written: str) -> Callable[[], Tensor]:
         """The live residual stream of a layer, after the blocks named."""
         sites = [self._watch(name, layer) for name in ("resid_pre", *written)]
+        return steps.stream(self.seen, sites)
 
-        def stream() -> Tensor:
-            first, *rest = (self.seen[site] for site in sites)
-            for value in rest:
-                first = first + value.to(first)
-            return first
-
-        return stream
-
-    def _watch(self, name: str, layer: int) -> Site:
-        self.watched.add(site := Site(name, layer))
-        return site
-
-    def _see(self, site: Site) -> SiteEdit:
-        def see(value: Tensor) -> Tensor:
-            self.seen[site] = value
-            return value
-
-        return see
-
-    def _clean(self, name: str, layer: int) -> SiteEdit:
-        return lambda x: self.clean[name, layer].to(x)
-
-    def _add(self, edit: AddToStream) -> SiteEdit:
-        position = self.run.resolve_position(edit.position)
-
-        def add(value: Tensor) -> Tensor:
-            value = value.clone()
-            value[:, position] += edit.vector.to(value)
-            return value
-
-        return add
+    def _watch(self, name: str, layer: int) -> tuple[str, int]:
+        self.watched.add((name, layer))
+        return name, layer
 
     def _set_features(self, layer: int, edits: Sequence[SetFeature | AblateFeature]) -> SiteEdit:
-        dictionary = self.lens.dictionaries[layer]
-
-        def splice(z: Tensor) -> Tensor:
-            dtype = z.dtype if z.dtype == torch.float64 else torch.float32
-            work = z.to(dtype, copy=True)
-            for prompt in work:
-                encoded = dictionary.encode(prompt)
-                change = torch.zeros_like(prompt)
-                for edit in edits:
-                    index = torch.tensor([edit.feature], device=z.device)
-                    row = dictionary.decoder(index, dtype)[0]
-                    hit = encoded.feature == edit.feature
-                    live = torch.zeros(len(prompt), dtype=dtype, device=z.device)
-                    live[encoded.position[hit]] = encoded.activation[hit]
-                    delta = (edit.value - live) * encoded.scale[:, 0]
-                    if edit.position is not None:
-                        at = self.run.resolve_position(edit.position)
-                        only = torch.zeros_like(delta)
-                        only[at] = delta[at]
-                        delta = only
-                    change += delta[:, None, None] * row
-                prompt += change
-            return work.to(z.dtype)
-
-        return splice
-
-
-def _chain(steps: Sequence[SiteEdit]) -> SiteEdit:
-    def run(value: Tensor) -> Tensor:
-        for step in steps:
-            value = step(value)
-        return value
-
-    return run
+        dtype = torch.promote_types(self.lens.backend.geometry.dtype, torch.float32)
+        resolve = self.run.resolve_position
+        plain = [
+            (e.feature, None if e.position is None else resolve(e.position), float(e.value))
+            for e in edits
+        ]
+        return steps.set_features(self.lens.dictionaries[layer], plain, dtype)
