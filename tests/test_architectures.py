@@ -15,6 +15,7 @@ import pytest
 import torch
 from architecture_models import RECIPES, FrozenAutograd
 from helpers import ALL_HOSTS, HOSTS, TrueFloat64, on_host, random_sae, random_saes, word_tokenizer
+from nnsight import TransformersModel
 from torch import Tensor
 
 import sae_attn_plugin as sap
@@ -527,3 +528,99 @@ def test_weights_that_accelerate_keeps_elsewhere(name: str, how: str, tmp_path: 
     assert {parameter.device.type for parameter in model.parameters()} == weights
     logits = lens.intervene(run, [], freeze=FREEZABLE).logits
     torch.testing.assert_close(logits, run.logits, atol=1e-4, rtol=1e-4)
+
+
+# -- remote --------------------------------------------------------------------------------------
+
+
+def remote_pair(name: str) -> tuple[sap.FeatureLens, sap.FeatureLens]:
+    """The same model here and through nnsight's simulation of a remote run."""
+    model = RECIPES[name].build()
+    wrapped, saes = TransformersModel(model, tokenizer=word_tokenizer()), random_saes(model)
+    return sap.FeatureLens(wrapped, saes), sap.FeatureLens(wrapped, saes, remote="local")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gpt_neox"])
+def test_remote_gives_the_same_graph_and_interventions(name: str) -> None:
+    here, there = (lens.run([TOKENS]) for lens in remote_pair(name))
+    a, b = (run.attribute(TARGET, node_budget=None) for run in (here, there))
+    pd.testing.assert_frame_equal(a.edges, b.edges)
+    pd.testing.assert_frame_equal(a.ledger, b.ledger)
+    assert set(here.graph(TARGET).edges) == set(there.graph(TARGET).edges)
+    vector = torch.linspace(-1, 1, here.frozen.embed.shape[1])
+    for edits, freeze in (
+        ([], FREEZABLE),
+        ([sap.AblateFeature(1, 3), sap.SetFeature(2, 5, -1, 2.0)], ()),
+        ([sap.AblateFeature(0, 3)], ("patterns", "norms")),
+        ([sap.AddToStream(vector, 2), sap.AddToStream(vector, 3, "attn_out", 1)], ("norms", "mlp")),
+    ):
+        one, other = (run.lens.intervene(run, edits, freeze) for run in (here, there))
+        torch.testing.assert_close(one.logits, other.logits, atol=0, rtol=0)
+        torch.testing.assert_close(one.effect(TARGET), other.effect(TARGET), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk_rescaled", "gated"])
+def test_every_kind_of_sae_can_be_edited_remotely(architecture: str) -> None:
+    model = RECIPES["gpt2"].build()
+    wrapped = TransformersModel(model, tokenizer=word_tokenizer())
+    saes = random_saes(model, architecture)
+    effects = []
+    for remote in (False, "local"):
+        lens = sap.FeatureLens(wrapped, saes, remote=remote)
+        run = lens.run([TOKENS])
+        feature = int(run.features(layer=1)["feature"].iloc[0])
+        effects.append(float(lens.intervene(run, [sap.AblateFeature(1, feature)]).effect(TARGET)))
+    assert effects[0] == effects[1] != 0
+
+
+def test_remote_needs_no_weights_here(tmp_path: Any) -> None:
+    """A model on the meta device, whose other side uses attention that returns no weights."""
+    model = RECIPES["llama"].build()
+    model.save_pretrained(tmp_path)
+    wrapped = TransformersModel(str(tmp_path), tokenizer=word_tokenizer(), task="text-generation")
+    assert all(parameter.is_meta for parameter in wrapped._module.parameters())
+    before = wrapped._module.config._attn_implementation
+    assert before != "eager"
+    run = sap.FeatureLens(wrapped, random_saes(model), remote="local").run("w5 w9 w3")
+    assert wrapped._module.config._attn_implementation == before
+    found = run.attribute(TARGET, node_budget=None)
+    local = sap.FeatureLens(model, random_saes(model), tokenizer=word_tokenizer()).run("w5 w9 w3")
+    expected = local.attribute(TARGET, node_budget=None)
+    pd.testing.assert_series_equal(weights_of(found), weights_of(expected))
+
+
+def test_what_crosses_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes that docs/hosts.md gives."""
+    from nnsight.schema.request import RequestModel
+
+    sent: list[int] = []
+    serialize = RequestModel.serialize
+
+    def counted(*args: Any, **kwargs: Any) -> bytes:
+        sent.append(len(blob := serialize(*args, **kwargs)))
+        return blob
+
+    monkeypatch.setattr(RequestModel, "serialize", staticmethod(counted))
+    lens = remote_pair("llama")[1]
+    run = lens.run([TOKENS])
+    g, n = lens.backend.geometry, len(TOKENS)
+    per_layer = n * (3 * g.d_model + (g.n_heads + g.n_kv_heads) * g.d_head) + g.n_heads * n**2
+    numbers = g.n_layers * per_layer + n * (2 * g.d_model + g.d_vocab)
+    assert sum(value.numel() for value in run.capture.values.values()) == numbers
+    assert max(sent) < 32_000  # code, paths and token ids
+
+
+def test_remote_is_refused_where_it_means_nothing() -> None:
+    model = RECIPES["gpt2"].build()
+    for wrong in (model, on_host(model, "nnsight")):
+        with pytest.raises(sap.InputError, match=r"load it as nnsight\.TransformersModel"):
+            sap.FeatureLens(wrong, random_saes(model), remote="local")
+    with pytest.raises(sap.InputError, match="needs an nnsight model, not HookedTransformer"):
+        sap.FeatureLens(on_host(model, "hooked_transformer"), random_saes(model), remote=True)
+
+
+def test_a_remote_model_in_training_mode_is_refused() -> None:
+    model = RECIPES["gpt2"].build().train()
+    wrapped = TransformersModel(model, tokenizer=word_tokenizer())
+    with pytest.raises(sap.InputError, match="training mode"):
+        sap.FeatureLens(wrapped, random_saes(model), remote="local")

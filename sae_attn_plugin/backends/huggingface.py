@@ -74,17 +74,19 @@ class HuggingFaceBackend:
         self.geometry = read_geometry(self.model, self._architecture)
         # nnsight's tracing is bound to the thread that started it.
         self._lock = threading.Lock()
-        if self.model.training:
-            raise InputError(
-                "the model is in training mode (dropout is on); call model.eval() first"
-            )
         self._source: WeightSource | None = None
         if remote:
             # The model here may hold no weights at all.
             self.geometry = replace(self.geometry, device=torch.device("cpu"))
             self._source = self._fetched
-            self._fetch()
-        elif self.model.config._attn_implementation != "eager":
+            training = self._fetch()
+        else:
+            training = self.model.training
+        if training:
+            raise InputError(
+                "the model is in training mode (dropout is on); call model.eval() first"
+            )
+        if not remote and self.model.config._attn_implementation != "eager":
             warnings.warn(
                 f"{self.geometry.model_name} uses {self.model.config._attn_implementation!r} "
                 "attention, which returns no attention weights: switched to 'eager'. Load it with "
@@ -127,8 +129,8 @@ class HuggingFaceBackend:
         g, root, remote = self.geometry, self._nn, self.remote
         row, shape = dict(vars(self._architecture)), (g.n_heads, g.n_kv_heads, g.d_head)
         layers = sorted({site.layer for site in wanted if site.name in LAYER_SITES})
-        read_at = {tuple(site) for site in reads}
-        edit_at = {tuple(site): edit for site, edit in edits.items()}
+        read_at = {(site.name, site.layer) for site in reads}
+        edit_at = {(site.name, site.layer): edit for site, edit in edits.items()}
         results: dict[Any, Any] = {}
         options: dict[str, Any] = {"use_cache": False}
         if not remote:
@@ -144,8 +146,9 @@ class HuggingFaceBackend:
 
     # -- remote ----------------------------------------------------------------------------------
 
-    def _fetch(self) -> None:
-        """Bring every weight the algebra needs from where the model is, once."""
+    def _fetch(self) -> bool:
+        """Bring every weight the algebra needs from where the model is, once; tell whether the
+        model is in training mode there."""
         from nnsight import ndif, save
 
         import sae_attn_plugin
@@ -164,13 +167,14 @@ class HuggingFaceBackend:
         tokens = torch.ones(1, 1, dtype=torch.long)
         with self._lock, torch.no_grad(), root.trace(tokens, remote=remote, use_cache=False):
             back = save(fetch(root, paths))
-        device = self.geometry.device
+        (found, training), device = back, self.geometry.device
         self._weights = {
             id(submodule(self.model, path)): tuple(
                 None if tensor is None else tensor.to(device) for tensor in pair
             )
-            for path, pair in back.items()
+            for path, pair in found.items()
         }
+        return training
 
     def _fetched(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         weight, bias = self._weights[id(module)]

@@ -137,11 +137,11 @@ def walk(
     return found
 
 
-def fetch(root: Any, paths: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Weight and bias of modules, from wherever the model is."""
+def fetch(root: Any, paths: list[str]) -> tuple[dict[str, tuple[Any, Any]], bool]:
+    """Weight and bias of modules, from wherever the model is, and whether it is in training."""
     found = {}
     for path in paths:
         module = submodule(root, path)._module
         weight, bias = module.weight.detach(), getattr(module, "bias", None)
         found[path] = (weight.clone(), None if bias is None else bias.detach().clone())
-    return found
+    return found, root._module.training
