@@ -40,8 +40,8 @@ from sae_attn_plugin.training import (
 LAYERS = range(4)
 D_MODEL, N_HEADS, N_CTX = 128, 8, 128
 D_SAE, K = 1024, 16
-SAE_TOKENS = 5_000_000
-SAE_SETTINGS: dict[str, Any] = {"batch_size": 2048, "lr": 1e-3, "dead_feature_window": 200}
+SAE_TOKENS = 4_000_000
+SAE_SETTINGS: dict[str, Any] = {"batch_size": 2048, "lr": 2e-3, "dead_feature_window": 200}
 
 
 def tokens_of(seed: int, step: int, *, held_out: bool = False, rows: int = 64) -> torch.Tensor:
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, saes/, report")
     parser.add_argument("--work", type=Path, help="folder for checkpoints (default: OUT/../.train)")
     parser.add_argument("--stage", choices=("model", "saes", "evaluate"), help="this stage only")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of the model")
+    parser.add_argument("--steps", type=int, default=3500, help="steps of the model")
     parser.add_argument("--sae-tokens", type=int, default=SAE_TOKENS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -17,6 +17,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -237,22 +238,30 @@ def train_saes(
         for layer, trainer in trainers.items():
             _restore_trainer(trainer, _under(tensors, f"{layer}."), facts["trainers"][str(layer)])
 
-    with tqdm(total=n_steps, initial=done, desc="SAEs", unit="step", disable=not progress) as bar:
+    def advance(layer: int, batch: Tensor) -> Any:
+        trainer = trainers[layer]
+        trainer.maybe_reset_sparsity()
+        step = trainer.step(batch)
+        trainer.n_training_steps += 1
+        return step
+
+    # Layers are independent, and a step has long serial parts: one thread each, as cores allow.
+    workers = max(1, min(len(trainers), torch.get_num_threads()))
+    with (
+        tqdm(total=n_steps, initial=done, desc="SAEs", unit="step", disable=not progress) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         while done < n_steps:
             batches = _shuffled(z, tokens(round_), layers, sae.d_in, batch_size, seed, round_)
             for layer, trainer in trainers.items():
                 _set_scale(trainer, batches[layer])
             for i in range(min(len(batches[layers[0]]), n_steps - done)):
-                unexplained = []
-                for layer, trainer in trainers.items():
-                    trainer.maybe_reset_sparsity()
-                    step = trainer.step(batches[layer][i])
-                    trainer.n_training_steps += 1
-                    unexplained.append((layer, step))
+                steps = list(pool.map(advance, layers, [batches[n][i] for n in layers]))
                 done += 1
                 bar.update()
                 if done % 20 == 0:
-                    bar.set_postfix({f"L{n}": f"{_unexplained(s):.3f}" for n, s in unexplained})
+                    left = zip(layers, map(_unexplained, steps), strict=True)
+                    bar.set_postfix({f"L{n}": f"{share:.3f}" for n, share in left})
             round_ += 1
             if checkpoint is not None and done < n_steps and round_ % checkpoint_every == 0:
                 states = {layer: _trainer_state(trainer) for layer, trainer in trainers.items()}
