@@ -329,7 +329,7 @@ def place(saes: Any, geometry: Geometry) -> dict[int, Dictionary]:
     items: Iterable[tuple[Any, Any]]
     if isinstance(saes, Mapping):
         items = saes.items()
-    elif isinstance(saes, Iterable):
+    elif isinstance(saes, Iterable) and not hasattr(saes, "cfg"):  # one SAE iterates too
         items = ((None, sae) for sae in saes)
     else:
         items = [(None, saes)]
@@ -423,8 +423,8 @@ def head_attribution(
             the SAE's density is known.
 
     Returns:
-        One row per feature (the index): ``head_0 ... head_{n-1}`` summing to 1, ``top_head``, and
-        ``dead`` (``<NA>`` where the density is not known).
+        One row per feature (the index): ``head_0 ... head_{n-1}`` summing to 1 (all 0 for a feature
+        that writes nothing), ``top_head``, and ``dead`` (``<NA>`` where the density is not known).
     """
     density = getattr(sae, "log_density", getattr(sae, "sparsity", None))
     if not isinstance(sae, Dictionary):
@@ -439,7 +439,7 @@ def head_attribution(
     if rows.shape[1] % n_heads:
         raise InputError(f"d_in {rows.shape[1]} does not divide into {n_heads} heads")
     norms = rows.unflatten(-1, (n_heads, -1)).norm(dim=-1)
-    shares = norms / norms.sum(-1, keepdim=True)
+    shares = norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
     table = pd.DataFrame(shares.numpy(force=True), columns=[f"head_{h}" for h in range(n_heads)])
     table.index.name = "feature"
     table["top_head"] = shares.argmax(-1).numpy(force=True)
