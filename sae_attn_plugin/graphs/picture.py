@@ -346,6 +346,7 @@ class _Scene:
         a = self.layout
         dpi = max(1, min(dpi, int(20_000 / max(a.width, a.height))))  # Agg's own limit is 2**16
         figure = Figure(figsize=(a.width, a.height), dpi=dpi, facecolor="white")
+        figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, a.width), ylim=(0, a.height))
         axes.set_axis_off()
         self._paint_rows(axes)
