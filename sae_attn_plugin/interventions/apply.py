@@ -85,7 +85,7 @@ def intervene(
     Raises:
         InputError: an edit or a freeze that does not fit the model.
     """
-    frozen = set(freeze)
+    frozen = {freeze} if isinstance(freeze, str) else set(freeze)
     if unknown := frozen - set(FREEZABLE):
         raise InputError(
             f"cannot freeze {', '.join(sorted(unknown))}; known: {', '.join(FREEZABLE)}"
@@ -228,21 +228,23 @@ class _Hooks:
             work = z.to(dtype, copy=True)
             for prompt in work:
                 encoded = dictionary.encode(prompt)
-                change = torch.zeros_like(prompt)
-                for edit in edits:
-                    index = torch.tensor([edit.feature], device=z.device)
-                    row = dictionary.decoder(index, dtype)[0]
-                    hit = encoded.feature == edit.feature
-                    live = torch.zeros(len(prompt), dtype=dtype, device=z.device)
-                    live[encoded.position[hit]] = encoded.activation[hit]
-                    delta = (edit.value - live) * encoded.scale[:, 0]
-                    if edit.position is not None:
-                        at = self.run.resolve_position(edit.position)
-                        only = torch.zeros_like(delta)
-                        only[at] = delta[at]
-                        delta = only
-                    change += delta[:, None, None] * row
-                prompt += change
+                live, wanted = {}, {}
+                for edit in edits:  # a later edit of the same feature wins
+                    if edit.feature not in live:
+                        hit = encoded.feature == edit.feature
+                        at = torch.zeros(len(prompt), dtype=dtype, device=z.device)
+                        at[encoded.position[hit]] = encoded.activation[hit]
+                        live[edit.feature], wanted[edit.feature] = at, at.clone()
+                    where = (
+                        slice(None)
+                        if edit.position is None
+                        else self.run.resolve_position(edit.position)
+                    )
+                    wanted[edit.feature][where] = edit.value
+                for feature, at in live.items():
+                    row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
+                    delta = (wanted[feature] - at) * encoded.scale[:, 0]
+                    prompt += delta[:, None, None] * row
             return work.to(z.dtype)
 
         return splice
