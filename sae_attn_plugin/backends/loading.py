@@ -157,13 +157,8 @@ def to_hooked_transformer(model: Any, tokenizer: Any = None) -> Any:
             "TransformerBridge or nnsight"
         )
     hooked = HookedTransformer(cfg)
-    hooked.load_and_process_state_dict(
-        convert(model, cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
+    # load_and_process_state_dict() would round float64 weights to float32, even without processing.
+    hooked.load_state_dict(hooked.fill_missing_keys(convert(model, cfg)), strict=False)
     if tokenizer is not None:
         # set_tokenizer() would reload it from its folder with another BOS convention.
         hooked.tokenizer = tokenizer
