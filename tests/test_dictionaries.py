@@ -129,7 +129,7 @@ def _nan(sae: Any) -> None:
             {"metadata": metadata(hook_name="blocks.0.attn.hook_y_z")},
             None,
             sap.InputError,
-            r"unknown hook name 'blocks\.0\.attn\.hook_y_z'; expected 'blocks\.LAYER\.attn\.hook_z'",
+            r"hook name 'blocks\.0\.attn\.hook_y_z'; expected 'blocks\.LAYER\.attn\.hook_z'",
         ),
         (
             {

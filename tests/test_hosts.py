@@ -54,14 +54,21 @@ def same_graph(one: Any, other: Any, tolerance: float) -> None:
         assert ((ledgers[name] - ledgers[f"{name}_other"]).abs() / scale).max() < tolerance
 
 
-@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize(
+    ("model", "dtype", "allowed"),
+    # In float64 every host rounds Llama's rotary angles in its own way.
+    [("gpt2", F32, 1e-5), ("llama", F32, 1e-5), ("gpt2", F64, 1e-10)],
+    ids=["gpt2-float32", "llama-float32", "gpt2-float64"],
+)
 @pytest.mark.parametrize("host", [host for host in ALL_HOSTS if host != "hooked_transformer"])
-def test_every_host_gives_the_same_graph(lens_of: LensMaker, model: str, host: str) -> None:
-    reference = lens_of(model).run(PROMPT).attribute(TARGETS, node_budget=None)
-    att = lens_of(model, host).run(PROMPT).attribute(TARGETS, node_budget=None)
+def test_every_host_gives_the_same_graph(
+    lens_of: LensMaker, model: str, dtype: torch.dtype, allowed: float, host: str
+) -> None:
+    reference = lens_of(model, dtype=dtype).run(PROMPT).attribute(TARGETS, node_budget=None)
+    att = lens_of(model, host, dtype).run(PROMPT).attribute(TARGETS, node_budget=None)
     assert len(att.ledger) > 100
-    same_graph(reference, att, 1e-5)
-    assert att.worst_residual < 1e-5
+    same_graph(reference, att, allowed)
+    assert att.worst_residual < allowed
     backend = {"transformer_bridge": "transformer_bridge"}.get(
         host, "hooked_transformer" if host.startswith("hooked") else "nnsight"
     )
