@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_attn_plugin.backends.protocol import Capture, Site, mix_values
+from sae_attn_plugin.backends.protocol import Capture, LayerWeights, Site, mix_values
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, Edit, SetFeature
@@ -80,7 +80,8 @@ def intervene(
         edits: what to change. Error terms are kept, so without edits the run is unchanged.
         freeze: parts held at the clean run: ``"patterns"`` (attention weights), ``"norms"`` (the
             scale of every norm), ``"mlp"`` and ``"attention"`` (what MLPs and attention blocks add
-            to the residual stream; z itself stays live, so features can still be read).
+            to the residual stream, the edits apart; z itself stays live, so features can still be
+            read). With all four, an edit has its direct effect and no other.
 
     Raises:
         InputError: an edit or a freeze that does not fit the model.
@@ -109,6 +110,7 @@ class _Hooks:
         self.lens, self.run, self.frozen = lens, run, frozen
         self.clean: Capture = run.capture
         self.seen: dict[Site, Tensor] = {}
+        self.changed: dict[int, Tensor] = {}  # layer -> what feature edits add to z
 
     def check(self, edit: Edit) -> None:
         run = self.run
@@ -160,7 +162,8 @@ class _Hooks:
                     self.clean["pattern", n], self.seen[at]
                 )
             if "attention" in self.frozen:
-                hooks[attn_out] = self._then(lambda _x, at=attn_out: self.clean[at], attn_out)
+                held = self._held_attention(weights, layer)
+                hooks[attn_out] = self._then(held, attn_out)
             if "mlp" in self.frozen and g.has_mlp:
                 hooks[Site("mlp_out", layer)] = lambda _x, n=layer: self.clean["mlp_out", n]
             if layer in self.lens.dictionaries:
@@ -196,6 +199,22 @@ class _Hooks:
 
     def _then(self, edit: SiteEdit, site: Site) -> SiteEdit:
         return _chain(edit, self._see(site))
+
+    def _held_attention(self, weights: LayerWeights, layer: int) -> SiteEdit:
+        """What attention added in the clean run, and what the edits of this layer change in it."""
+
+        def held(_x: Tensor) -> Tensor:
+            clean = self.clean["attn_out", layer]
+            if layer not in self.changed:
+                return clean
+            if weights.post_norm is not None:
+                raise InputError(
+                    "freezing attention while features are edited is not supported with post-norms"
+                )
+            change = self.changed[layer].flatten(-2).to(clean.dtype)
+            return clean + change @ weights.W_O.flatten(0, 1).to(clean.dtype)
+
+        return held
 
     def _frozen_mlp_in(self, norm: object, scale: Tensor, layer: int) -> SiteEdit:
         def edit(_x: Tensor) -> Tensor:
@@ -245,6 +264,7 @@ class _Hooks:
                     row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
                     delta = (wanted[feature] - at) * encoded.scale[:, 0]
                     prompt += delta[:, None, None] * row
+            self.changed[layer] = work - z
             return work.to(z.dtype)
 
         return splice
