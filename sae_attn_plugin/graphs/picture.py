@@ -514,6 +514,8 @@ class _Scene:
             labelcolor=_INK,
         )
         legend.set_zorder(7)
+        for text in (*legend.get_texts(), legend.get_title()):
+            text.set_usetex(False)
         self.writing.write(
             axes, 0.22, 0.14, "node area: influence on the target    edge width: share of the "
             "in-edges of its target    opacity: influence it carries", 7, color=_SOFT,
