@@ -38,7 +38,7 @@ from sae_attn_plugin.training import (
 )
 
 LAYERS = range(4)
-D_MODEL, N_HEADS, N_CTX = 128, 8, 128
+D_MODEL, D_MLP, N_HEADS, N_CTX = 128, 32, 8, 128
 D_SAE, K = 1024, 16
 SAE_TOKENS = 4_000_000
 SAE_SETTINGS: dict[str, Any] = {"batch_size": 2048, "lr": 2e-3, "dead_feature_window": 200}
@@ -70,6 +70,7 @@ def new_model(seed: int) -> GPT2LMHeadModel:
         vocab_size=n_tokens,
         n_layer=len(LAYERS),
         n_embd=D_MODEL,
+        n_inner=D_MLP,
         n_head=N_HEADS,
         n_positions=N_CTX,
         resid_pdrop=0.0,
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, saes/, report")
     parser.add_argument("--work", type=Path, help="folder for checkpoints (default: OUT/../.train)")
     parser.add_argument("--stage", choices=("model", "saes", "evaluate"), help="this stage only")
-    parser.add_argument("--steps", type=int, default=3500, help="steps of the model")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the model")
     parser.add_argument("--sae-tokens", type=int, default=SAE_TOKENS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
