@@ -105,7 +105,8 @@ def demo(
             raise InputError("--prompt needs --correct and --wrong, the two tokens to compare")
         screen.hush()
         ioi = sap.demo.ioi_prompt()
-        correct, wrong = correct or ioi.correct, wrong or ioi.wrong
+        correct = ioi.correct if correct is None else correct
+        wrong = ioi.wrong if wrong is None else wrong
         with screen.busy("loading the demo model"):
             lens = sap.demo.load(backend=backend.value)
         with screen.busy("running the prompt"):
@@ -119,12 +120,17 @@ def demo(
         positions = _roles(run, correct, wrong)
         if prompt is None and (correct, wrong) == (ioi.correct, ioi.wrong):
             positions = ioi.positions
+        top = _top_feature(attribution)
+        ablation = []
+        if top is not None:
+            with screen.busy("ablating the top feature"):
+                ablation = _ablate(lens, run, attribution, target, top)
+        screen.save(graph, *files)
 
         screen.heading(f"{lens}")
         screen.prompt(run)
         screen.logits(run, [target.correct, target.wrong])
         screen.active(run, attribution)
-        top = _top_feature(attribution)
         if top is not None:
             screen.heads(lens, run, top)
         screen.heading("Strongest paths into the logit difference")
@@ -134,11 +140,9 @@ def demo(
                 label = f"from {role}, {_quoted(run.token_strings[positions[role]])}"
                 screen.paths(f"{label}@{positions[role]}", everything, source=positions[role], n=2)
         if top is not None:
-            with screen.busy("ablating the top feature"):
-                rows = _ablate(lens, run, attribution, target, top)
-            screen.ablation(top, rows)
+            screen.ablation(top, ablation)
         screen.ledger(attribution)
-        screen.write(graph, *files)
+        screen.written(graph, *files)
         screen.heading("Next")
         screen.lines(
             "sae-attn demo --backend nnsight                  the same graph from the other host",
@@ -216,6 +220,7 @@ def graph(
         with screen.busy("pruning"):
             pruned = attribution.prune(nodes, edges, max_nodes)
             result = _with_pruning(pruned.to_networkx(), nodes, edges, max_nodes)
+        screen.save(result, *files)
 
         screen.heading(f"{lens}")
         screen.prompt(run)
@@ -224,7 +229,7 @@ def graph(
         screen.heading("Strongest paths, shares among the edges kept")
         screen.paths("", result, n=5)
         screen.ledger(attribution)
-        screen.write(result, *files)
+        screen.written(result, *files)
 
 
 # -- input ---------------------------------------------------------------------------------------
@@ -392,7 +397,9 @@ class _Screen:
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """Numbers to the right."""
         cells = [[_cell(value) for value in row] for row in rows]
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        columns = list(columns)
+        style: dict[str, Any] = {"box": None, "pad_edge": False, "header_style": "dim"}
+        table = Table(**style, padding=(0, 2, 0, 0), show_header=any(columns))
         for i, column in enumerate(columns):
             numeric = bool(cells) and cells[0][i][1]
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -517,7 +524,8 @@ class _Screen:
         )
         self.lines("sum of edges + constant = value for each, relative to the sum of sizes")
 
-    def write(self, graph: nx.DiGraph, file: Path, picture: Path | None) -> None:
+    def save(self, graph: nx.DiGraph, file: Path, picture: Path | None) -> None:
+        """Before anything is printed, so that ``| head`` costs no file."""
         if picture is None:
             sap.save(graph, file)
         else:
@@ -527,8 +535,10 @@ class _Screen:
                 figure = sap.draw(graph)  # before anything is written
             sap.save(graph, file)
             write_png(figure, picture)
+
+    def written(self, graph: nx.DiGraph, *files: Path | None) -> None:
         self.heading(f"Written: {len(graph)} nodes, {graph.number_of_edges()} edges")
-        self.lines(*(_plain(str(path)) for path in (file, picture) if path is not None))
+        self.lines(*(_plain(str(path)) for path in files if path is not None))
 
 
 def _indented(content: Any) -> Any:

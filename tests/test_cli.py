@@ -313,6 +313,7 @@ def test_demo_with_a_sentence_of_ones_own(here: Path) -> None:
         (["--prompt", "w3 w4"], "--prompt needs --correct and --wrong"),
         (["--out", "none"], "does not exist"),
         (["--correct", "w3 w4"], "is 2 tokens"),
+        (["--correct", ""], "is 0 tokens"),
     ],
 )
 def test_demo_refuses(here: Path, arguments: list[str], message: str) -> None:
