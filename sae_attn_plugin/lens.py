@@ -29,6 +29,7 @@ from sae_attn_plugin.interventions import apply
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote
 from sae_attn_plugin.tokens import (
+    as_index,
     check_ids,
     encode_prompt,
     need_tokenizer,
@@ -100,20 +101,22 @@ class FeatureLens:
     def to_tokens(self, prompt: str | Sequence[Any] | Tensor) -> Int[Tensor, "batch position"]:
         """Token ids of a prompt, a list of prompts of equal length, or token ids."""
         g = self.backend.geometry
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if len(prompt) == 0:
+        given: Any = [prompt] if isinstance(prompt, str) else prompt
+        shape = getattr(given, "shape", None)  # of a tensor or a numpy array
+        if shape is None and (isinstance(given, bytes) or not isinstance(given, Sequence)):
+            raise InputError(f"expected a string, a list of strings or token ids, got {given!r}")
+        if 0 in ([len(given)] if shape is None else shape[:1]):
             raise InputError("no prompt given; expected a string, a list of strings or token ids")
-        if not isinstance(prompt, Tensor) and all(isinstance(text, str) for text in prompt):
-            rows = [encode_prompt(self.tokenizer, text, self.prepend_bos) for text in prompt]
+        if shape is None and all(isinstance(text, str) for text in given):
+            rows = [encode_prompt(self.tokenizer, text, self.prepend_bos) for text in given]
             lengths = sorted({len(row) for row in rows})
             if len(lengths) > 1:
                 raise InputError(
                     f"the prompts have {lengths[0]} to {lengths[-1]} tokens; prompts run together "
                     "must have equal length: run them one by one"
                 )
-            prompt = rows
-        return check_ids(prompt, g.d_vocab, g.n_ctx, g.device)
+            given = rows
+        return check_ids(given, g.d_vocab, g.n_ctx, g.device)
 
     def run(self, prompt: str | Sequence[Any] | Tensor) -> Run:
         """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``."""
@@ -234,7 +237,7 @@ class Run:
     def dfa(self, layer: int, feature: int, position: int = -1) -> DFA:
         """Direct feature attribution of a feature at a destination position, active or not."""
         number, at = self.resolve_layer(layer), self.resolve_position(position)
-        self.resolve_feature(number, feature)
+        feature = self.resolve_feature(number, feature)
         split, constant, pre = direct_feature_attribution(self.frozen.layers[number], feature, at)
         return DFA(number, feature, at, split, constant, pre, self.token_strings)
 
@@ -266,7 +269,7 @@ class Run:
         if target is None:
             targets, weights = self._top_logits()
         else:
-            targets = list(target) if isinstance(target, Sequence) else [target]
+            targets: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
             weights = [1 / max(len(targets), 1)] * len(targets)
         if not targets:
             raise InputError("no target given")
@@ -324,13 +327,14 @@ class Run:
     # -- resolving -------------------------------------------------------------------------------
 
     def resolve_layer(self, layer: int) -> int:
+        layer = as_index(layer, "layer")
         if layer not in self.lens.dictionaries:
             known = ", ".join(map(str, self.lens.dictionaries))
             raise InputError(f"no SAE in layer {layer}; layers with one: {known}")
         return layer
 
     def resolve_position(self, position: int) -> int:
-        length = self.tokens.shape[1]
+        length, position = self.tokens.shape[1], as_index(position, "position")
         if not -length <= position < length:
             raise InputError(
                 f"position {position} is out of range: the prompt has {length} tokens "
@@ -339,7 +343,7 @@ class Run:
         return position % length
 
     def resolve_feature(self, layer: int, feature: int) -> int:
-        d_sae = self.lens.dictionaries[layer].d_sae
+        d_sae, feature = self.lens.dictionaries[layer].d_sae, as_index(feature, "feature")
         if not 0 <= feature < d_sae:
             raise InputError(
                 f"feature {feature} is out of range: the SAE of layer {layer} has {d_sae} features "
@@ -362,6 +366,10 @@ class Run:
             feature = self.resolve_feature(layer, target.feature)
             node = Node("attn", position, layer=layer, feature=feature)
             return node, FeatureRoot(layer, feature, position)
+        if not isinstance(target, Logit | LogitDiff | Direction):
+            raise InputError(
+                f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"
+            )
         position = self.resolve_position(target.position)
         bias = run.b_U
         if isinstance(target, Logit):
@@ -380,19 +388,19 @@ class Run:
             node = Node("logit_diff", position, label=f"{first}-{second}")
             measured = logits[position, correct].double() - logits[position, wrong].double()
             return node, _measured(logit_reader(run, direction, position, offset), float(measured))
-        if isinstance(target, Direction):
-            d_model = run.embed.shape[1]
-            if tuple(target.vector.shape) != (d_model,):
-                raise InputError(
-                    f"Direction: expected a vector [{d_model}], got {list(target.vector.shape)}"
-                )
-            if not torch.isfinite(target.vector).all():
-                raise InputError("Direction: the vector holds NaN or infinity")
-            node = Node("direction", position, label=quote(target.name))
-            return node, logit_reader(run, target.vector.to(run.embed.device), position)
-        raise InputError(
-            f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"
-        )
+        d_model = run.embed.shape[1]
+        if not isinstance(target.vector, Tensor):
+            raise InputError(
+                f"Direction: expected a vector [{d_model}], got a {type(target.vector).__name__}"
+            )
+        if tuple(target.vector.shape) != (d_model,):
+            raise InputError(
+                f"Direction: expected a vector [{d_model}], got {list(target.vector.shape)}"
+            )
+        if not torch.isfinite(target.vector).all():
+            raise InputError("Direction: the vector holds NaN or infinity")
+        node = Node("direction", position, label=quote(target.name))
+        return node, logit_reader(run, target.vector.to(run.embed.device), position)
 
     def _top_logits(self) -> tuple[list[Target], list[float]]:
         probabilities = self.logits[0, -1].float().softmax(-1)
