@@ -65,8 +65,8 @@ def engine_rows(att: Attribution) -> dict[str, Row]:
         assert source not in edges[target], f"edge {source} -> {target} twice"
         edges[target][source] = weight
     return {
-        str(name): Row(edges[str(name)], row["constant"], row["value"])
-        for name, row in att.ledger.iterrows()
+        str(name): Row(edges[str(name)], constant, value)
+        for name, constant, value in att.ledger[["constant", "value"]].itertuples()
     }
 
 
@@ -267,7 +267,7 @@ def _rows(model: Any, saes: list[Any], target: Any) -> Row:
 def test_a_bias_set_to_zero_leaves_the_constant(bias: str) -> None:
     model, width, position, feature = _gpt2_with_flat_attention(), 30, 6, 4
     saes = random_saes(model, "topk_rescaled")
-    sae = saes[0]
+    sae: Any = saes[0]
     block = model.transformer.h[0]
     target = sap.Logit(5) if bias == "final_norm" else sap.Feature(0, feature, position)
     before = _rows(model, saes, target)
@@ -384,7 +384,7 @@ def test_the_budget_goes_to_the_most_influential_of_one_layer() -> None:
     run = case("gpt2", layers=(1,)).run
     full = run.attribute(sap.Logit(5), node_budget=None).nodes
     att = run.attribute(sap.Logit(5), node_budget=5).nodes
-    features = full[full["kind"] == "attn"].sort_values("influence", ascending=False)
+    features = full.loc[full["kind"] == "attn", "influence"].sort_values(ascending=False)
     assert set(att.index[att["expanded"] & (att["kind"] == "attn")]) == set(features.index[:5])
 
 
@@ -392,7 +392,7 @@ def test_roots_do_not_use_the_budget() -> None:
     """A root that is itself the strongest pending feature leaves the budget to the others."""
     run = case("gpt2").run
     full = run.attribute(sap.Logit(5), node_budget=None).nodes
-    features = full[full["kind"] == "attn"].sort_values("influence", ascending=False)
+    features = full.loc[full["kind"] == "attn", "influence"].sort_values(ascending=False)
     strongest = sap.Node.parse(str(features.index[0]))
     assert strongest.layer is not None
     assert strongest.feature is not None

@@ -232,11 +232,11 @@ def test_head_attribution(geometry: Geometry, architecture: str) -> None:
     density[4], density[5], density[6] = -10.0, -math.inf, -5.9
     sae.sparsity = density
     dead = sap.head_attribution(sae, n_heads=HEADS)["dead"]
-    assert dead[dead].index.tolist() == [4, 5]
+    assert np.flatnonzero(dead).tolist() == [4, 5]
     dictionary = from_sae(sae, geometry)
     assert sap.head_attribution(dictionary)["dead"].tolist() == dead.tolist()
     wide = sap.head_attribution(dictionary, dead_below=1e-5)["dead"]
-    assert wide[wide].index.tolist() == [4, 5, 6]
+    assert np.flatnonzero(wide).tolist() == [4, 5, 6]
 
 
 def test_head_attribution_needs_the_number_of_heads() -> None:

@@ -116,10 +116,9 @@ def test_batches_are_the_prompts_one_by_one(lens_of: LensMaker, host: str) -> No
             batch[index].attribute(sap.Logit(5), node_budget=20),
             1e-5,
         )
-        table = batch.features(1)
-        pd.testing.assert_frame_equal(
-            table[table["prompt"] == index].drop(columns="prompt"), alone.features(1), rtol=1e-3
-        )
+        table: Any = batch.features(1)
+        table = table[table["prompt"] == index].drop(columns="prompt")
+        pd.testing.assert_frame_equal(table, alone.features(1), rtol=1e-3)
     with pytest.raises(sap.InputError, match=r"2 prompts; pick one: run\[i\]"):
         batch.attribute(sap.Logit(5))
 
@@ -364,7 +363,7 @@ def test_an_unknown_architecture_is_refused() -> None:
         num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=32,
-        attn_implementation="eager",
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
     with pytest.raises(sap.UnsupportedError, match=r"'gpt_neox' is not known; known: gpt2, llama"):
         as_backend(GPTNeoXForCausalLM(config).eval())
