@@ -24,18 +24,11 @@ import transformers
 from sae_lens import SAE
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from sae_attn_plugin.backends.loading import load_model
 from sae_attn_plugin.demo import language
+from sae_attn_plugin.demo.training import ModelRecipe, ioi_scores, repeat_scores, train_model
 from sae_attn_plugin.registration import DEMO_MODEL_NAME
-from sae_attn_plugin.training import (
-    ModelRecipe,
-    ZHooks,
-    attention_z_config,
-    ioi_scores,
-    repeat_scores,
-    sae_scores,
-    train_model,
-    train_saes,
-)
+from sae_attn_plugin.training import FlatZ, attention_z_config, sae_scores, train_saes
 
 LAYERS = range(4)
 D_MODEL, D_MLP, N_HEADS, N_CTX = 128, 32, 8, 128
@@ -82,9 +75,8 @@ def new_model(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def load_hooked(folder: Path) -> ZHooks:
-    model = GPT2LMHeadModel.from_pretrained(folder, local_files_only=True).eval()
-    return ZHooks(model, {i: model.get_submodule(f"transformer.h.{i}.attn.c_proj") for i in LAYERS})
+def load_hooked(folder: Path) -> FlatZ:
+    return FlatZ(load_model(folder, "nnsight"))
 
 
 def make_model(out: Path, work: Path, steps: int, seed: int) -> None:
@@ -150,7 +142,7 @@ def evaluate(out: Path, work: Path, seed: int, n_rows: int = 2048) -> dict[str, 
     repeats = [language.repeated_random_tokens(rng, segment=30) for _ in range(256)]
     rows = language.token_rows(rng, n_rows, 128, held_out=True)
     saes = {}
-    for layer in model.projections:
+    for layer in LAYERS:
         sae = SAE.load_from_disk(out / "saes" / f"blocks.{layer}.attn.hook_z")
         scores = sae_scores(model, sae, torch.tensor(rows), layer=layer)
         saes[str(layer)] = {
