@@ -226,8 +226,9 @@ def graph(
         screen.prompt(run)
         screen.values(result)
         screen.strongest_nodes(pruned)
-        screen.heading("Strongest paths, shares among the edges kept")
-        screen.paths("", result, n=5)
+        first = result.graph["targets"][0]
+        screen.heading(f"Strongest paths into {first}, shares among the edges kept")
+        screen.paths("", result, target=first, n=5)
         screen.ledger(attribution)
         screen.written(result, *files)
 
@@ -411,8 +412,12 @@ class _Screen:
         self.heading("Prompt")
         line = Text()
         for position, token in enumerate(run.token_strings):
-            line.append(f"{position}", style="dim").append(f"\u00a0{_quoted(token)}  ")
-        self.out.print(_indented(line))
+            item = Text(f"{position}", style="dim").append(f" {_quoted(token)}  ", style="not dim")
+            if line.cell_len and line.cell_len + item.cell_len > self.out.width - 2:
+                self.lines(line)
+                line = Text()
+            line.append_text(item)
+        self.lines(line)
 
     def logits(self, run: Run, tokens: list[Any]) -> None:
         logits = run.logits[0, -1].double()

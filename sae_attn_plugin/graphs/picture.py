@@ -213,6 +213,11 @@ class _Layout:
     lines: dict[tuple[_Row, int], list[list[_Spot]]] = field(repr=False, default_factory=dict)
 
 
+def _cost(layout: _Layout) -> float:
+    area, aspect = layout.width * layout.height, layout.width / layout.height
+    return math.log(area) + 2 * abs(math.log(aspect / _ASPECT))
+
+
 @dataclass(frozen=True)
 class _Edge:
     source: str
@@ -252,9 +257,9 @@ class _Scene:
         self.tokens = [writing.token(token) if token else "" for token in tokens]
         self.spell = sum(writing.width(t, _TOKEN) + 0.12 for t in self.tokens) > _WIDE
         self._size_nodes()
-        # As many slots a line as give a picture that fits a slide.
+        # As many slots a line as give a small picture of a slide's proportions.
         layouts = [self._layout(per_line) for per_line in range(1, 17)]
-        self.layout = min(layouts, key=lambda a: abs(math.log(a.width / a.height / _ASPECT)))
+        self.layout = min(layouts, key=_cost)
         self._place()
 
     def _spot(self, name: str, is_target: bool) -> _Spot:
@@ -312,7 +317,8 @@ class _Scene:
         token_height = 0.45
         if self.spell:
             token_height += max(self.writing.width(t, _TOKEN) for t in self.tokens)
-        width = max(x + 0.2, 9.0)
+        tall = token_height + sum(rows.values()) + len(rows) * _ROW_GAP + _HEAD + 0.6
+        width = max(x + 0.2, 9.0, 1.4 * tall)
         columns_of_legend = max(1, min(len(self.kinds) + 2, int(width / 1.55)))
         foot = 0.42 + 0.19 * math.ceil((len(self.kinds) + 2) / columns_of_legend)
         bottom, y = {}, foot + token_height
@@ -324,11 +330,13 @@ class _Scene:
     def _place(self) -> None:
         a = self.layout
         spare = a.width - 0.2 - _MARGIN - sum(a.columns.values())
-        if spare > 0:  # a short prompt fills the width
-            extra = spare / len(a.columns)
-            for i, position in enumerate(a.columns):
-                a.columns[position] += extra
-                a.left[position] += i * extra
+        if spare > 0:  # a narrow picture of many layers gives it to its columns
+            used = {spot.node.position for spot in self.spots.values()}
+            unit, x = spare / (len(a.columns) + 2 * len(used)), _MARGIN
+            for position in a.columns:
+                a.left[position] = x
+                a.columns[position] += unit * (3 if position in used else 1)
+                x += a.columns[position]
         for (row, position), block in a.lines.items():
             middle = a.left[position] + a.columns[position] / 2
             base = a.bottom[row] + a.rows[row] / 2
