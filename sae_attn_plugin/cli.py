@@ -118,8 +118,6 @@ def demo(
             pruned = attribution.prune(max_nodes=_PICTURE_NODES)
             graph = _with_pruning(pruned.to_networkx(), 0.8, 0.98, _PICTURE_NODES)
         positions = _roles(run, correct, wrong)
-        if prompt is None and (correct, wrong) == (ioi.correct, ioi.wrong):
-            positions = ioi.positions
         top = _top_feature(attribution)
         ablation = []
         if top is not None:
@@ -305,7 +303,10 @@ def _with_pruning(graph: nx.DiGraph, nodes: float, edges: float, limit: int | No
 
 
 def _roles(run: Run, correct: str, wrong: str) -> dict[str, int]:
-    """Where a sentence of one's own mentions the two: first the one, last the other."""
+    """Where the sentence mentions the two: first the one, last the other.
+
+    Read off the tokens, so that it holds with BOS and without.
+    """
     tokens = run.tokens[0].tolist()
     roles = {}
     for role, token in (("IO", correct), ("S2", wrong)):
