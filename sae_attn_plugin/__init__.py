@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.graphs.picture import draw
     from sae_attn_plugin.interventions.apply import InterventionResult
     from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, SetFeature
+    from sae_attn_plugin.interventions.validate import Agreement, Validation, validate
     from sae_attn_plugin.lens import FeatureLens, Run
     from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node
     from sae_attn_plugin.registration import register
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AblateFeature": "interventions.edits",
     "AddToStream": "interventions.edits",
+    "Agreement": "interventions.validate",
     "Attribution": "attribution.table",
     "BackendError": "errors",
     "DFA": "attribution.dfa",
@@ -58,12 +60,14 @@ _PUBLIC = {
     "SaeAttnError": "errors",
     "SetFeature": "interventions.edits",
     "UnsupportedError": "errors",
+    "Validation": "interventions.validate",
     "draw": "graphs.picture",
     "head_attribution": "dictionaries",
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
     "register": "registration",
     "strongest_paths": "graphs.paths",
+    "validate": "interventions.validate",
 }
 _MODULES = ("demo", "nodes", "training")
 
@@ -81,6 +85,9 @@ __all__ = [  # noqa: RUF022 - the front door first
     "AddToStream",
     "SetFeature",
     "InterventionResult",
+    "validate",
+    "Validation",
+    "Agreement",
     "Dictionary",
     "head_attribution",
     "load_model",

@@ -148,6 +148,14 @@ def _is_canonical(token: str) -> bool:
         return False
 
 
+def unquote(label: str) -> list[str | int]:
+    """The tokens in the label of a logit node: undoes :func:`quote`."""
+    return [
+        int(part[1:]) if part.startswith("#") else json.loads(part)
+        for part in re.findall(_TOKEN, label, re.DOTALL)
+    ]
+
+
 @dataclass(frozen=True)
 class Feature:
     """Target: the pre-activation of an attention SAE feature at a position."""
