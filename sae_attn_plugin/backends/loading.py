@@ -20,6 +20,8 @@ def load_model(
     backend: Host = "transformer_lens",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    model_name: str | None = None,
 ) -> Any:
     """Load a model so that its z is what SAEs are trained on.
 
@@ -29,6 +31,7 @@ def load_model(
             whose architecture :func:`to_hooked_transformer` cannot convert becomes a
             ``TransformerBridge``); ``"transformer_bridge"``; ``"nnsight"``: the Hugging Face model
             with eager attention and its tokenizer, as nnsight's ``TransformersModel``.
+        model_name: what graphs call a model from a folder; default: the folder as given.
 
     Raises:
         InputError: no such folder and no such model, or an unknown backend.
@@ -50,6 +53,8 @@ def load_model(
         return _bridge(name, device, dtype)
 
     model, tokenizer = load_huggingface(name, device, dtype)
+    if model_name is not None:
+        model.config._name_or_path = model_name
     if backend == "nnsight":
         from nnsight import TransformersModel
 
@@ -57,7 +62,9 @@ def load_model(
     if backend == "transformer_lens":
         with contextlib.suppress(UnsupportedError):
             return to_hooked_transformer(model, tokenizer)
-    return _bridge(name, device, dtype)
+    bridge = _bridge(name, device, dtype)
+    bridge.cfg.model_name = model_name or bridge.cfg.model_name
+    return bridge
 
 
 def load_huggingface(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
