@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -73,6 +74,21 @@ def test_every_host_gives_the_same_graph(
         host, "hooked_transformer" if host.startswith("hooked") else "nnsight"
     )
     assert att.to_networkx().graph["backend"] == backend
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_a_model_from_a_folder_on_every_host(tmp_path: Path, model: str) -> None:
+    plain = TINY[model](n_layers=2)
+    plain.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    saes = random_saes(plain)
+    expected = sap.FeatureLens(plain, saes, tokenizer=word_tokenizer()).run(PROMPT)
+    for backend in ("transformer_lens", "transformer_bridge", "nnsight"):
+        hosted = sap.load_model(tmp_path, backend)
+        run = sap.FeatureLens(hosted, saes).run(PROMPT)
+        assert run.tokens.tolist() == expected.tokens.tolist()
+        target = sap.LogitDiff("w5", "w6")
+        same_graph(expected.attribute(target), run.attribute(target), 1e-5)
 
 
 @pytest.mark.parametrize("model", TINY)
