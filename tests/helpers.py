@@ -70,7 +70,9 @@ def tiny_gpt2(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> Any:
     return model
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> Any:
+def tiny_llama(
+    dtype: torch.dtype = torch.float32, n_layers: int = 3, attention_bias: bool = False
+) -> Any:
     """6 heads over 2 key/value heads, and head_dim other than d_model / heads."""
     torch.manual_seed(0)
     config: Any = LlamaConfig(
@@ -84,6 +86,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> Any:
         max_position_embeddings=40,
         initializer_range=0.2,
         tie_word_embeddings=False,
+        attention_bias=attention_bias,
         attn_implementation="eager",  # pyright: ignore[reportCallIssue]
         bos_token_id=0,
         eos_token_id=0,
