@@ -41,6 +41,13 @@ def test_the_types_are_also_what_callers_expect() -> None:
     assert all(issubclass(error, sap.SaeAttnError) for error in OWN)
 
 
+def test_tests_have_no_network() -> None:
+    import socket
+
+    with socket.socket() as one, pytest.raises(RuntimeError, match="a test tried to connect"):
+        one.connect(("192.0.2.1", 443))
+
+
 # -- prompts ---------------------------------------------------------------------------------------
 
 

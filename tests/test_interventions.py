@@ -142,6 +142,33 @@ def test_scaling_a_feature_moves_the_next_layer_by_its_edge(
 
 
 @pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("model", "dtype"), [("gpt2", F64), ("llama", F32)])
+def test_scaling_a_feature_moves_every_target_by_its_edge(
+    lens_of: LensMaker, host: str, model: str, dtype: torch.dtype
+) -> None:
+    """With everything frozen only the direct path is left, whatever lies between."""
+    allowed = 1e-10 if dtype == F64 else 1e-5
+    lens = lens_of(model, host, dtype, "topk_rescaled", normalize_activations="none")
+    run = lens.run(TOKENS)
+    targets = [sap.Feature(1, 7, -1), sap.Feature(2, 9, 5), sap.Logit(9)]
+    att = run.attribute(targets, node_budget=0)
+    names: list[str] = list(att.nodes.index)
+    for source in [name for name in names if name.startswith("attn:0:")][::7]:
+        node = sap.Node.parse(source)
+        assert node.feature is not None
+        value = 2.5 * att.nodes.loc[source, "activation"]
+        edit = sap.SetFeature(0, node.feature, node.position, value)
+        result = lens.intervene(run, [edit], EVERYTHING)
+        for target, root in zip(targets, map(str, att.roots.values()), strict=True):
+            into = att.edges["target"] == root
+            weight = float(att.edges.loc[into & (att.edges["source"] == source), "weight"].sum())
+            scale = float(att.edges.loc[into, "weight"].abs().sum())
+            assert float(result.effect(target)) == pytest.approx(
+                1.5 * weight, rel=0, abs=allowed * scale
+            )
+
+
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("model", TINY)
 def test_without_edits_nothing_changes(lens_of: LensMaker, host: str, model: str) -> None:
     lens = lens_of(model, host)
