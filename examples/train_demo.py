@@ -89,7 +89,7 @@ def make_model(out: Path, work: Path, steps: int, seed: int) -> None:
         recipe,
         checkpoint=work / "model.safetensors",
     )
-    draft = work / "model.draft"
+    draft = out / ".model.draft"  # beside its target, so that the rename is atomic
     model.save_pretrained(draft)
     language.build_tokenizer(N_CTX).save_pretrained(draft)
     replace_folder(draft, out / "model")
