@@ -24,24 +24,17 @@ import transformers
 from sae_lens import SAE
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from sae_attn_plugin.backends.loading import load_model
 from sae_attn_plugin.demo import language
+from sae_attn_plugin.demo.training import ModelRecipe, ioi_scores, repeat_scores, train_model
 from sae_attn_plugin.registration import DEMO_MODEL_NAME
-from sae_attn_plugin.training import (
-    ModelRecipe,
-    ZHooks,
-    attention_z_config,
-    ioi_scores,
-    repeat_scores,
-    sae_scores,
-    train_model,
-    train_saes,
-)
+from sae_attn_plugin.training import FlatZ, attention_z_config, sae_scores, train_saes
 
 LAYERS = range(4)
-D_MODEL, N_HEADS, N_CTX = 128, 8, 128
+D_MODEL, D_MLP, N_HEADS, N_CTX = 128, 32, 8, 128
 D_SAE, K = 1024, 16
-SAE_TOKENS = 5_000_000
-SAE_SETTINGS: dict[str, Any] = {"batch_size": 2048, "lr": 1e-3, "dead_feature_window": 200}
+SAE_TOKENS = 4_000_000
+SAE_SETTINGS: dict[str, Any] = {"batch_size": 2048, "lr": 2e-3, "dead_feature_window": 200}
 
 
 def tokens_of(seed: int, step: int, *, held_out: bool = False, rows: int = 64) -> torch.Tensor:
@@ -70,6 +63,7 @@ def new_model(seed: int) -> GPT2LMHeadModel:
         vocab_size=n_tokens,
         n_layer=len(LAYERS),
         n_embd=D_MODEL,
+        n_inner=D_MLP,
         n_head=N_HEADS,
         n_positions=N_CTX,
         resid_pdrop=0.0,
@@ -81,9 +75,8 @@ def new_model(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def load_hooked(folder: Path) -> ZHooks:
-    model = GPT2LMHeadModel.from_pretrained(folder, local_files_only=True).eval()
-    return ZHooks(model, {i: model.get_submodule(f"transformer.h.{i}.attn.c_proj") for i in LAYERS})
+def load_hooked(folder: Path) -> FlatZ:
+    return FlatZ(load_model(folder, "nnsight"))
 
 
 def make_model(out: Path, work: Path, steps: int, seed: int) -> None:
@@ -96,7 +89,7 @@ def make_model(out: Path, work: Path, steps: int, seed: int) -> None:
         recipe,
         checkpoint=work / "model.safetensors",
     )
-    draft = work / "model.draft"
+    draft = out / ".model.draft"  # beside its target, so that the rename is atomic
     model.save_pretrained(draft)
     language.build_tokenizer(N_CTX).save_pretrained(draft)
     replace_folder(draft, out / "model")
@@ -149,7 +142,7 @@ def evaluate(out: Path, work: Path, seed: int, n_rows: int = 2048) -> dict[str, 
     repeats = [language.repeated_random_tokens(rng, segment=30) for _ in range(256)]
     rows = language.token_rows(rng, n_rows, 128, held_out=True)
     saes = {}
-    for layer in model.projections:
+    for layer in LAYERS:
         sae = SAE.load_from_disk(out / "saes" / f"blocks.{layer}.attn.hook_z")
         scores = sae_scores(model, sae, torch.tensor(rows), layer=layer)
         saes[str(layer)] = {
@@ -207,7 +200,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, saes/, report")
     parser.add_argument("--work", type=Path, help="folder for checkpoints (default: OUT/../.train)")
     parser.add_argument("--stage", choices=("model", "saes", "evaluate"), help="this stage only")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of the model")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the model")
     parser.add_argument("--sae-tokens", type=int, default=SAE_TOKENS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

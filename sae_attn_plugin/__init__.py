@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.graphs.picture import draw
     from sae_attn_plugin.interventions.apply import InterventionResult
     from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, SetFeature
+    from sae_attn_plugin.interventions.validate import Agreement, Validation, validate
     from sae_attn_plugin.lens import FeatureLens, Run
     from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node
     from sae_attn_plugin.registration import register
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AblateFeature": "interventions.edits",
     "AddToStream": "interventions.edits",
+    "Agreement": "interventions.validate",
     "Architecture": "backends.architectures",
     "Attribution": "attribution.table",
     "BackendError": "errors",
@@ -60,6 +62,7 @@ _PUBLIC = {
     "SaeAttnError": "errors",
     "SetFeature": "interventions.edits",
     "UnsupportedError": "errors",
+    "Validation": "interventions.validate",
     "draw": "graphs.picture",
     "head_attribution": "dictionaries",
     "load_model": "backends.loading",
@@ -67,6 +70,7 @@ _PUBLIC = {
     "register": "registration",
     "register_architecture": "backends.architectures",
     "strongest_paths": "graphs.paths",
+    "validate": "interventions.validate",
 }
 _MODULES = ("demo", "nodes", "training")
 
@@ -84,6 +88,9 @@ __all__ = [  # noqa: RUF022 - the front door first
     "AddToStream",
     "SetFeature",
     "InterventionResult",
+    "validate",
+    "Validation",
+    "Agreement",
     "Dictionary",
     "head_attribution",
     "load_model",

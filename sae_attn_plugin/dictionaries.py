@@ -10,8 +10,9 @@ pre-activation is brought to one form (:class:`Dictionary`):
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_attn_plugin.backends.protocol import Geometry
-from sae_attn_plugin.errors import InputError, UnsupportedError
+from sae_attn_plugin.errors import FileError, InputError, UnsupportedError
 
 __all__ = ["Dictionary", "head_attribution", "load_saes", "place"]
 
@@ -329,7 +330,7 @@ def place(saes: Any, geometry: Geometry) -> dict[int, Dictionary]:
     items: Iterable[tuple[Any, Any]]
     if isinstance(saes, Mapping):
         items = saes.items()
-    elif isinstance(saes, Iterable):
+    elif isinstance(saes, Iterable) and not hasattr(saes, "cfg"):  # one SAE iterates too
         items = ((None, sae) for sae in saes)
     else:
         items = [(None, saes)]
@@ -361,6 +362,7 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
 
     Raises:
         InputError: neither a folder with SAEs nor a known release.
+        FileError: an SAE that is damaged, or that neither the hub nor the local cache can give.
     """
     import difflib
 
@@ -380,10 +382,13 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
                 f"no SAE in the folder {path}; expected cfg.json and sae_weights.safetensors in it "
                 "or in its subfolders"
             )
-        return {
-            folder.name: _with_density(SAE.load_from_disk(folder, device=device), folder)
-            for folder in folders
-        }
+        found = {}
+        for folder in folders:
+            with _explain(f"the SAE in {folder}"):
+                found[folder.name] = _with_density(
+                    SAE.load_from_disk(folder, device=device), folder
+                )
+        return found
     directory = get_pretrained_saes_directory()
     if str(source) not in directory:
         close = difflib.get_close_matches(str(source), directory, n=3)
@@ -391,13 +396,23 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         raise InputError(f"{str(source)!r} is neither a folder nor a sae_lens release{hint}")
     loaded = {}
     for sae_id in tqdm(directory[str(source)].saes_map, desc=f"loading {source}", leave=False):
-        sae, _config, density = SAE.from_pretrained_with_cfg_and_sparsity(
-            str(source), sae_id, device=device
-        )
+        with _explain(f"{sae_id!r} of the release {str(source)!r}"):
+            sae, _config, density = SAE.from_pretrained_with_cfg_and_sparsity(
+                str(source), sae_id, device=device
+            )
         if density is not None:
             sae.sparsity = density
         loaded[sae_id] = sae
     return loaded
+
+
+@contextlib.contextmanager
+def _explain(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # sae_lens, safetensors, json and the hub each raise their own
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise FileError(f"cannot load {what}: {type(error).__name__}: {first}") from error
 
 
 def _with_density(sae: Any, folder: Path) -> Any:
@@ -423,8 +438,8 @@ def head_attribution(
             the SAE's density is known.
 
     Returns:
-        One row per feature (the index): ``head_0 ... head_{n-1}`` summing to 1, ``top_head``, and
-        ``dead`` (``<NA>`` where the density is not known).
+        One row per feature (the index): ``head_0 ... head_{n-1}`` summing to 1 (all 0 for a feature
+        that writes nothing), ``top_head``, and ``dead`` (``<NA>`` where the density is not known).
     """
     density = getattr(sae, "log_density", getattr(sae, "sparsity", None))
     if not isinstance(sae, Dictionary):
@@ -439,7 +454,7 @@ def head_attribution(
     if rows.shape[1] % n_heads:
         raise InputError(f"d_in {rows.shape[1]} does not divide into {n_heads} heads")
     norms = rows.unflatten(-1, (n_heads, -1)).norm(dim=-1)
-    shares = norms / norms.sum(-1, keepdim=True)
+    shares = norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
     table = pd.DataFrame(shares.numpy(force=True), columns=[f"head_{h}" for h in range(n_heads)])
     table.index.name = "feature"
     table["top_head"] = shares.argmax(-1).numpy(force=True)

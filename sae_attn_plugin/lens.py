@@ -29,6 +29,7 @@ from sae_attn_plugin.interventions import apply
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote
 from sae_attn_plugin.tokens import (
+    as_index,
     check_ids,
     encode_prompt,
     need_tokenizer,
@@ -119,16 +120,19 @@ class FeatureLens:
     def _to_rows(self, prompt: str | Sequence[Any] | Tensor) -> list[Int[Tensor, " position"]]:
         """Token ids of each prompt, checked."""
         g = self.backend.geometry
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if len(prompt) == 0:
+        given: Any = [prompt] if isinstance(prompt, str) else prompt
+        shape = getattr(given, "shape", None)  # of a tensor or a numpy array
+        if shape is None and (isinstance(given, bytes) or not isinstance(given, Sequence)):
+            raise InputError(f"expected a string, a list of strings or token ids, got {given!r}")
+        if 0 in ([len(given)] if shape is None else shape[:1]):
             raise InputError("no prompt given; expected a string, a list of strings or token ids")
-        if not isinstance(prompt, Tensor):
-            if all(isinstance(text, str) for text in prompt):
-                prompt = [encode_prompt(self.tokenizer, t, self.prepend_bos) for t in prompt]
-            if len({len(row) for row in prompt if isinstance(row, Sized)}) > 1:
-                return [check_ids(row, g.d_vocab, g.n_ctx, g.device)[0] for row in prompt]
-        return list(check_ids(prompt, g.d_vocab, g.n_ctx, g.device))
+        if shape is None:
+            if all(isinstance(text, str) for text in given):
+                given = [encode_prompt(self.tokenizer, t, self.prepend_bos) for t in given]
+            unequal = len({len(row) for row in given if isinstance(row, Sized)}) > 1
+            if unequal and not any(isinstance(row, str | int) for row in given):
+                return [check_ids(row, g.d_vocab, g.n_ctx, g.device)[0] for row in given]
+        return list(check_ids(given, g.d_vocab, g.n_ctx, g.device))
 
     def run(self, prompt: str | Sequence[Any] | Tensor) -> Run:
         """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``.
@@ -263,7 +267,7 @@ class Run:
     def dfa(self, layer: int, feature: int, position: int = -1) -> DFA:
         """Direct feature attribution of a feature at a destination position, active or not."""
         number, at = self.resolve_layer(layer), self.resolve_position(position)
-        self.resolve_feature(number, feature)
+        feature = self.resolve_feature(number, feature)
         split, constant, pre = direct_feature_attribution(self.frozen.layers[number], feature, at)
         return DFA(number, feature, at, split, constant, pre, self.token_strings)
 
@@ -295,7 +299,7 @@ class Run:
         if target is None:
             targets, weights = self._top_logits()
         else:
-            targets = list(target) if isinstance(target, Sequence) else [target]
+            targets: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
             weights = [1 / max(len(targets), 1)] * len(targets)
         if not targets:
             raise InputError("no target given")
@@ -353,13 +357,14 @@ class Run:
     # -- resolving -------------------------------------------------------------------------------
 
     def resolve_layer(self, layer: int) -> int:
+        layer = as_index(layer, "layer")
         if layer not in self.lens.dictionaries:
             known = ", ".join(map(str, self.lens.dictionaries))
             raise InputError(f"no SAE in layer {layer}; layers with one: {known}")
         return layer
 
     def resolve_position(self, position: int) -> int:
-        length = self.tokens.shape[1]
+        length, position = self.tokens.shape[1], as_index(position, "position")
         if not -length <= position < length:
             raise InputError(
                 f"position {position} is out of range: the prompt has {length} tokens "
@@ -368,7 +373,7 @@ class Run:
         return position % length
 
     def resolve_feature(self, layer: int, feature: int) -> int:
-        d_sae = self.lens.dictionaries[layer].d_sae
+        d_sae, feature = self.lens.dictionaries[layer].d_sae, as_index(feature, "feature")
         if not 0 <= feature < d_sae:
             raise InputError(
                 f"feature {feature} is out of range: the SAE of layer {layer} has {d_sae} features "
@@ -391,6 +396,10 @@ class Run:
             feature = self.resolve_feature(layer, target.feature)
             node = Node("attn", position, layer=layer, feature=feature)
             return node, FeatureRoot(layer, feature, position)
+        if not isinstance(target, Logit | LogitDiff | Direction):
+            raise InputError(
+                f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"
+            )
         position = self.resolve_position(target.position)
         bias = run.b_U
         if isinstance(target, Logit):
@@ -410,19 +419,19 @@ class Run:
             first_logit, second_logit = self._logits([correct, wrong], position)
             measured = float(first_logit - second_logit)
             return node, _measured(logit_reader(run, direction, position, offset), measured)
-        if isinstance(target, Direction):
-            d_model = run.embed.shape[1]
-            if tuple(target.vector.shape) != (d_model,):
-                raise InputError(
-                    f"Direction: expected a vector [{d_model}], got {list(target.vector.shape)}"
-                )
-            if not torch.isfinite(target.vector).all():
-                raise InputError("Direction: the vector holds NaN or infinity")
-            node = Node("direction", position, label=quote(target.name))
-            return node, logit_reader(run, target.vector.to(run.embed.device), position)
-        raise InputError(
-            f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"
-        )
+        d_model = run.embed.shape[1]
+        if not isinstance(target.vector, Tensor):
+            raise InputError(
+                f"Direction: expected a vector [{d_model}], got a {type(target.vector).__name__}"
+            )
+        if tuple(target.vector.shape) != (d_model,):
+            raise InputError(
+                f"Direction: expected a vector [{d_model}], got {list(target.vector.shape)}"
+            )
+        if not torch.isfinite(target.vector).all():
+            raise InputError("Direction: the vector holds NaN or infinity")
+        node = Node("direction", position, label=quote(target.name))
+        return node, logit_reader(run, target.vector.to(run.embed.device), position)
 
     def _logits(self, tokens: list[int], position: int) -> Float[Tensor, " token"]:
         """Logits of some tokens as the model computed them, before any soft-cap, in float64."""

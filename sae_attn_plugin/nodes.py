@@ -35,13 +35,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Direction", "Feature", "Logit", "LogitDiff", "Node", "Target"]
 
+_NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # as str(int) writes it
 # kind -> what stands between its name and "@position"
 _PATTERNS: dict[str, str] = {
-    "attn": r":(?P<layer>\d+):(?P<feature>\d+)",
-    "attn_err": r":(?P<layer>\d+)",
-    "attn_bias": r":(?P<layer>\d+)",
-    "head": r":(?P<layer>\d+)\.(?P<head>\d+)",
-    "mlp": r":(?P<layer>\d+)",
+    "attn": rf":(?P<layer>{_NUMBER}):(?P<feature>{_NUMBER})",
+    "attn_err": rf":(?P<layer>{_NUMBER})",
+    "attn_bias": rf":(?P<layer>{_NUMBER})",
+    "head": rf":(?P<layer>{_NUMBER})\.(?P<head>{_NUMBER})",
+    "mlp": rf":(?P<layer>{_NUMBER})",
     "embed": "",
     "pos": "",
     "logit": r":(?P<label>.+)",
@@ -52,11 +53,11 @@ KINDS: tuple[str, ...] = (*_PATTERNS, "const")
 TARGET_KINDS: tuple[str, ...] = ("logit", "logit_diff", "direction")
 _KIND = re.compile(r"[a-z_]+")
 _REGEX = {
-    kind: re.compile(kind + body + r"@(?P<position>\d+)", re.DOTALL)
+    kind: re.compile(rf"{kind}{body}@(?P<position>{_NUMBER})", re.DOTALL)
     for kind, body in _PATTERNS.items()
 }
 _JSON = r'"(?:[^"\\]|\\.)*"'
-_TOKEN = rf"(?:{_JSON}|#\d+)"
+_TOKEN = rf"(?:{_JSON}|#{_NUMBER})"
 _LABELS = {
     "logit": re.compile(_TOKEN, re.DOTALL),
     "logit_diff": re.compile(rf"{_TOKEN}-{_TOKEN}", re.DOTALL),
@@ -122,22 +123,37 @@ class Node:
             )
         fields = match.groupdict()
         label = fields.get("label")
-        if label is not None and not _LABELS[kind].fullmatch(label):
+        if label is not None and not (
+            _LABELS[kind].fullmatch(label) and all(map(_is_canonical, re.findall(_TOKEN, label)))
+        ):
             raise InputError(
                 f"not a node id: {text!r}: {label!r} is not a quoted token of {kind!r}"
             )
         numbers: dict[str, Any] = {
             name: int(value) for name, value in fields.items() if name != "label"
         }
-        node = cls(kind, label=label, **numbers)
-        if str(node) != text:
-            raise InputError(f"not a node id: {text!r}; its canonical form is {str(node)!r}")
-        return node
+        return cls(kind, label=label, **numbers)
 
 
 def quote(token: str | int) -> str:
     """A token as it stands in a node id: JSON for a string, ``#id`` for a number."""
     return f"#{token}" if isinstance(token, int) else json.dumps(token, ensure_ascii=False)
+
+
+def _is_canonical(token: str) -> bool:
+    """Whether a token of a label is written as :func:`quote` writes it."""
+    try:
+        return token.startswith("#") or quote(json.loads(token)) == token
+    except ValueError:
+        return False
+
+
+def unquote(label: str) -> list[str | int]:
+    """The tokens in the label of a logit node: undoes :func:`quote`."""
+    return [
+        int(part[1:]) if part.startswith("#") else json.loads(part)
+        for part in re.findall(_TOKEN, label, re.DOTALL)
+    ]
 
 
 @dataclass(frozen=True)

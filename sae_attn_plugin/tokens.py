@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,18 @@ def need_tokenizer(tokenizer: Any) -> Any:
             "the model has no tokenizer; pass tokenizer= to FeatureLens, or give token ids"
         )
     return tokenizer
+
+
+def as_index(value: Any, name: str) -> int:
+    """An integer of any library as an ``int``.
+
+    Raises:
+        InputError: naming what must be an integer.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer, got {value!r}") from None
 
 
 def own_convention(tokenizer: Any) -> bool:
@@ -65,6 +78,8 @@ def encode_prompt(tokenizer: Any, prompt: str, prepend_bos: bool) -> list[int]:
             raise InputError("prepend_bos=True, but the tokenizer has no BOS token")
         if ids[:1] != [bos]:
             ids = [bos, *ids]
+    if not ids:
+        raise InputError(f"the prompt {prompt!r} has no tokens; expected at least one")
     return ids
 
 
@@ -122,7 +137,11 @@ def single_token(tokenizer: Any, token: str | int, d_vocab: int) -> int:
     Raises:
         InputError: a string that is several tokens or unknown, an id outside the vocabulary.
     """
-    if isinstance(token, int):
+    if not isinstance(token, str):
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise InputError(f"expected a token string or id, got {token!r}") from None
         if not 0 <= token < d_vocab:
             raise InputError(f"token id {token} is outside the vocabulary, 0..{d_vocab - 1}")
         return token

@@ -1,58 +1,45 @@
-"""Training with few resources: attention-z SAEs for every layer, and the small demo model.
+"""Training attention-z SAEs for every layer of a model, and measuring what they keep.
 
 :func:`train_saes` drives sae_lens' own trainer, one per layer, from one pass over the model, and
-saves plain sae_lens SAEs. :func:`train_model` is the plain language-model loop that made the demo
-model. Both are resumable to the bit: what a step sees depends on the seed and the step alone, and a
-checkpoint is one safetensors file with JSON in its header, written whole or not at all.
-
-The rest is what both need: :class:`ZHooks`, z of a torch model through hooks on its output
-projections, and :func:`sae_scores`, what an SAE keeps of the model's loss.
+saves plain sae_lens SAEs. It is resumable to the bit: what a step sees depends on the seed and the
+step alone.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_attn_plugin.errors import FileError, InputError
+from sae_attn_plugin.backends import as_backend
+from sae_attn_plugin.backends.protocol import Backend, Site
+from sae_attn_plugin.checkpoints import (
+    load_state,
+    optimizer_state,
+    restore_optimizer,
+    save_state,
+    under,
+)
+from sae_attn_plugin.errors import InputError
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE, TrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from sae_attn_plugin.demo.language import IOIExample
-
-__all__ = [
-    "IOIScores",
-    "ModelRecipe",
-    "RepeatScores",
-    "SAEScores",
-    "ZHooks",
-    "ZSource",
-    "attention_z_config",
-    "ioi_scores",
-    "repeat_scores",
-    "sae_scores",
-    "train_model",
-    "train_saes",
-]
+__all__ = ["FlatZ", "SAEScores", "ZSource", "attention_z_config", "sae_scores", "train_saes"]
 
 ZSource = Callable[[Tensor], Mapping[int, Tensor]]
 """Tokens ``[batch, position]`` to z of each layer, ``[batch, position, n_heads * d_head]``."""
@@ -63,60 +50,34 @@ TokenSource = Callable[[int], Tensor]
 ZEdit = Callable[[Tensor], Tensor]
 
 
-# Hooks ---------------------------------------------------------------------------------------
-
-
-class ZHooks:
-    """z of a torch language model, read and edited at the input of its output projections.
+class FlatZ:
+    """z of a model as trainers take it: heads side by side.
 
     Args:
-        model: called with token ids; returns an object with ``logits``.
-        projections: layer to the module whose input is z, ``[batch, position, n_heads * d_head]``:
-            ``attn.c_proj`` in GPT-2, ``self_attn.o_proj`` in Llama.
+        model: any model that :class:`FeatureLens` takes, or its backend.
     """
 
-    def __init__(self, model: nn.Module, projections: Mapping[int, nn.Module]) -> None:
-        self.model = model
-        self.projections = dict(projections)
+    def __init__(self, model: Any) -> None:
+        self.backend: Backend = as_backend(model)
 
     def z(self, tokens: Int[Tensor, "batch pos"]) -> dict[int, Float[Tensor, "batch pos d_in"]]:
         """z of every layer, without gradients: a :data:`ZSource`."""
-        found: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> ZEdit:
-            def read(z: Tensor) -> Tensor:
-                found[layer] = z
-                return z
-
-            return read
-
-        self.logits(tokens, {layer: keep(layer) for layer in self.projections})
-        return found
+        layers = range(self.backend.geometry.n_layers)
+        found = self.backend.forward(tokens, reads=[Site("z", layer) for layer in layers])
+        return {layer: found[Site("z", layer)].flatten(-2) for layer in layers}
 
     def logits(
         self, tokens: Int[Tensor, "batch pos"], edits: Mapping[int, ZEdit] | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits, with z of some layers replaced by ``edit(z)``; without gradients."""
-        with self._edited(edits or {}), torch.no_grad():
-            return self.model(tokens).logits
-
-    @contextmanager
-    def _edited(self, edits: Mapping[int, ZEdit]) -> Iterator[None]:
-        handles = []
-        try:
-            for layer, edit in edits.items():
-                if layer not in self.projections:
-                    raise InputError(f"no layer {layer}; there are: {sorted(self.projections)}")
-                hook = _pre_hook(edit)
-                handles.append(self.projections[layer].register_forward_pre_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _pre_hook(edit: ZEdit) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda _module, args: (edit(args[0]), *args[1:])
+        n_layers = self.backend.geometry.n_layers
+        if missing := [layer for layer in edits or {} if not 0 <= layer < n_layers]:
+            raise InputError(f"no layer {missing[0]}; there are: 0..{n_layers - 1}")
+        sites = {
+            Site("z", layer): lambda z, edit=edit: edit(z.flatten(-2)).reshape(z.shape)
+            for layer, edit in (edits or {}).items()
+        }
+        return self.backend.forward(tokens, sites)[Site("logits")]
 
 
 # SAEs ----------------------------------------------------------------------------------------
@@ -168,7 +129,7 @@ def train_saes(
     dead-feature bookkeeping are sae_lens' own.
 
     Args:
-        z: the model, as a function from tokens to z of each layer (see :class:`ZHooks`).
+        z: the model, as a function from tokens to z of each layer (see :class:`FlatZ`).
         tokens: round number to the tokens of that round. Must be a pure function of the number.
         sae: any sae_lens training config with the ``d_in`` of z; it is copied for every layer, and
             ``reshape_activations`` is set so that the saved SAE takes ``hook_z`` as it is.
@@ -232,31 +193,39 @@ def train_saes(
     }
     done = round_ = 0
     if checkpoint is not None and checkpoint.exists():
-        tensors, facts = _load_state(checkpoint, settings)
+        tensors, facts = load_state(checkpoint, settings)
         done, round_ = facts["done"], facts["round"]
         for layer, trainer in trainers.items():
-            _restore_trainer(trainer, _under(tensors, f"{layer}."), facts["trainers"][str(layer)])
+            _restore_trainer(trainer, under(tensors, f"{layer}."), facts["trainers"][str(layer)])
 
-    with tqdm(total=n_steps, initial=done, desc="SAEs", unit="step", disable=not progress) as bar:
+    def advance(layer: int, batch: Tensor) -> Any:
+        trainer = trainers[layer]
+        trainer.maybe_reset_sparsity()
+        step = trainer.step(batch)
+        trainer.n_training_steps += 1
+        return step
+
+    # Layers are independent, and a step has long serial parts: one thread each, as cores allow.
+    workers = max(1, min(len(trainers), torch.get_num_threads()))
+    with (
+        tqdm(total=n_steps, initial=done, desc="SAEs", unit="step", disable=not progress) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         while done < n_steps:
             batches = _shuffled(z, tokens(round_), layers, sae.d_in, batch_size, seed, round_)
             for layer, trainer in trainers.items():
                 _set_scale(trainer, batches[layer])
             for i in range(min(len(batches[layers[0]]), n_steps - done)):
-                unexplained = []
-                for layer, trainer in trainers.items():
-                    trainer.maybe_reset_sparsity()
-                    step = trainer.step(batches[layer][i])
-                    trainer.n_training_steps += 1
-                    unexplained.append((layer, step))
+                steps = list(pool.map(advance, layers, [batches[n][i] for n in layers]))
                 done += 1
                 bar.update()
                 if done % 20 == 0:
-                    bar.set_postfix({f"L{n}": f"{_unexplained(s):.3f}" for n, s in unexplained})
+                    left = zip(layers, map(_unexplained, steps), strict=True)
+                    bar.set_postfix({f"L{n}": f"{share:.3f}" for n, share in left})
             round_ += 1
             if checkpoint is not None and done < n_steps and round_ % checkpoint_every == 0:
                 states = {layer: _trainer_state(trainer) for layer, trainer in trainers.items()}
-                _save_state(
+                save_state(
                     checkpoint,
                     {f"{n}.{key}": t for n, (ts, _) in states.items() for key, t in ts.items()},
                     {
@@ -394,7 +363,7 @@ class SAEScores:
 
 
 def sae_scores(
-    model: ZHooks,
+    model: FlatZ,
     sae: SAE[Any],
     tokens: Int[Tensor, "batch pos"],
     *,
@@ -404,7 +373,7 @@ def sae_scores(
     """Measure one SAE on some rows of tokens. See :class:`SAEScores`.
 
     Args:
-        model: the model with hooks at its output projections.
+        model: the model.
         sae: a loaded sae_lens SAE on z of ``layer``.
         tokens: rows that start with BOS.
         rows_at_once: rows in one forward pass.
@@ -449,223 +418,12 @@ def sae_scores(
             sae.turn_on_forward_pass_hook_z_reshaping()
 
 
-# The model -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """How the demo model is trained: AdamW, linear warm-up, cosine decay to 2 %."""
-
-    steps: int
-    lr: float = 2e-3
-    warm_up: int = 200
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
-
-
-def train_model(
-    model: nn.Module,
-    tokens: TokenSource,
-    recipe: ModelRecipe,
-    *,
-    checkpoint: Path | str | None = None,
-    checkpoint_every: int = 500,
-    progress: bool = True,
-) -> float:
-    """Train a language model in place on next-token prediction.
-
-    Args:
-        model: called with token ids ``[batch, position]``; returns an object with ``logits``.
-            With dropout, a resumed run differs from an uninterrupted one.
-        tokens: step number to its tokens; a pure function of the number.
-        recipe: optimiser and schedule.
-        checkpoint: file to resume from where it exists, and to write every ``checkpoint_every``
-            steps.
-        progress: show a progress bar.
-
-    Returns:
-        Mean loss in nats over the last 100 steps (or those of this call, where fewer).
-
-    Raises:
-        FileError: the checkpoint was made with another recipe or model.
-    """
-    checkpoint = None if checkpoint is None else Path(checkpoint)
-    named = dict(model.named_parameters())  # tied weights appear once
-    decayed = [p for p in named.values() if p.ndim >= 2]
-    plain = [p for p in named.values() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain}],
-        lr=recipe.lr,
-        betas=recipe.betas,
-        weight_decay=0.0,
-    )
-    settings = {"recipe": json.loads(json.dumps(asdict(recipe)))}
-    start = 0
-    if checkpoint is not None and checkpoint.exists():
-        saved, facts = _load_state(checkpoint, settings)
-        start = facts["done"]
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(saved[f"model.{name}"])
-        _restore_optimizer(optimizer, _under(saved, "optimizer."), facts["optimizer"])
-    losses: list[float] = []
-    model.train()
-    with tqdm(
-        total=recipe.steps, initial=start, desc="Model", unit="step", disable=not progress
-    ) as bar:
-        for step in range(start, recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(recipe, step)
-            batch = tokens(step)
-            logits = model(batch).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(named.values(), recipe.clip)
-            optimizer.step()
-            losses = [*losses[-99:], loss.item()]
-            bar.update()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
-            done = step + 1
-            if checkpoint is not None and (done % checkpoint_every == 0 or done == recipe.steps):
-                tensors, facts = _optimizer_state(optimizer)
-                _save_state(
-                    checkpoint,
-                    {
-                        **{f"model.{n}": p.detach() for n, p in named.items()},
-                        **{f"optimizer.{n}": t for n, t in tensors.items()},
-                    },
-                    {"settings": settings, "done": done, "optimizer": facts},
-                )
-    model.eval()
-    return sum(losses) / len(losses) if losses else math.nan
-
-
-def _learning_rate(recipe: ModelRecipe, step: int) -> float:
-    rise = min(1.0, (step + 1) / recipe.warm_up)
-    return recipe.lr * rise * (0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps)))
-
-
-# What the demo model can do ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class IOIScores:
-    """Indirect object identification over ``n`` prompts.
-
-    ``accuracy``: share of prompts whose most likely next token is the indirect object.
-    ``logit_difference``: mean of logit(IO) - logit(S). ``worst_distractor``: the lowest accuracy
-    among the kinds of distractor.
-    """
-
-    n: int
-    accuracy: float
-    logit_difference: float
-    worst_distractor: float
-
-
-def ioi_scores(
-    logits: Callable[[Tensor], Tensor], examples: Sequence[IOIExample], at_once: int = 256
-) -> IOIScores:
-    """Measure IOI on sentences of the demo language; ``logits`` maps tokens to logits."""
-    from sae_attn_plugin.demo.language import encode
-
-    right: dict[str, list[bool]] = {}
-    difference = 0.0
-    for start in range(0, len(examples), at_once):
-        part = examples[start : start + at_once]
-        prompts = [[0, *encode(example.prompt)] for example in part]
-        width = max(map(len, prompts))
-        # Padding on the right is never seen by what is before it.
-        padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        last = logits(padded)[torch.arange(len(part)), ends]
-        for example, row in zip(part, last, strict=True):
-            io, subject = encode(f" {example.io} {example.subject}")
-            difference += (row[io] - row[subject]).item()
-            right.setdefault(example.distractor, []).append(row.argmax().item() == io)
-    flat = [hit for hits in right.values() for hit in hits]
-    return IOIScores(
-        n=len(flat),
-        accuracy=sum(flat) / len(flat),
-        logit_difference=difference / len(flat),
-        worst_distractor=min(sum(hits) / len(hits) for hits in right.values()),
-    )
-
-
-@dataclass(frozen=True)
-class RepeatScores:
-    """Mean loss in nats per token on the two copies of a random segment."""
-
-    n: int
-    first: float
-    second: float
-
-
-def repeat_scores(
-    logits: Callable[[Tensor], Tensor], tokens: Int[Tensor, "batch pos"]
-) -> RepeatScores:
-    """Measure copying. ``tokens``: BOS, a random segment, and the same segment again.
-
-    The first token of the second copy is left out: nothing announces it.
-    """
-    segment = (tokens.shape[1] - 1) // 2
-    loss = F.cross_entropy(logits(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    first, second = loss[:, :segment], loss[:, segment + 1 :]
-    return RepeatScores(len(tokens), first.mean().item(), second.mean().item())
-
-
-# Checkpoints ---------------------------------------------------------------------------------
-
-
-def _save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Tensors and JSON in one safetensors file, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, draft, metadata={"state": json.dumps(facts)})
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _load_state(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads((file.metadata() or {}).get("state", "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if facts.get("settings") != json.loads(json.dumps(settings)):
-        raise FileError(
-            f"{path} was made with other settings; give the same ones, or remove it to start anew"
-        )
-    return tensors, facts
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{n}": t for i, values in state["state"].items() for n, t in values.items()}
-    return tensors, state["param_groups"]
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: Any
-) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+# State of a trainer ----------------------------------------------------------------------------
 
 
 def _trainer_state(trainer: SAETrainer[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``SAETrainer.save_trainer_state`` keeps, without its pickle."""
-    optimizer, groups = _optimizer_state(trainer.optimizer)
+    optimizer, groups = optimizer_state(trainer.optimizer)
     tensors = {
         **{f"sae.{n}": t for n, t in trainer.sae.state_dict().items()},
         **{f"optimizer.{n}": t for n, t in optimizer.items()},
@@ -686,8 +444,8 @@ def _trainer_state(trainer: SAETrainer[Any, Any]) -> tuple[dict[str, Tensor], di
 def _restore_trainer(
     trainer: SAETrainer[Any, Any], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    trainer.sae.load_state_dict(_under(tensors, "sae."))
-    _restore_optimizer(trainer.optimizer, _under(tensors, "optimizer."), facts["optimizer"])
+    trainer.sae.load_state_dict(under(tensors, "sae."))
+    restore_optimizer(trainer.optimizer, under(tensors, "optimizer."), facts["optimizer"])
     trainer.lr_scheduler.load_state_dict(facts["lr_scheduler"])
     for name, state in facts["coefficients"].items():
         trainer.coefficient_schedulers[name].load_state_dict(state)

@@ -51,28 +51,31 @@ def randomize(module: torch.nn.Module, seed: int = 0, size: float = 0.1) -> None
             parameter += size * noise.to(parameter.dtype)
 
 
-def tiny_gpt2(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> GPT2LMHeadModel:
+def tiny_gpt2(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> Any:
     torch.manual_seed(0)
-    config = GPT2Config(
+    config: Any = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=40,
         n_embd=30,
         n_layer=n_layers,
         n_head=5,
         initializer_range=0.2,
-        attn_implementation="eager",
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config).to(dtype).eval()
+    model: Any = GPT2LMHeadModel(config)
+    model = model.to(dtype).eval()
     randomize(model)
     return model
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> LlamaForCausalLM:
+def tiny_llama(
+    dtype: torch.dtype = torch.float32, n_layers: int = 3, attention_bias: bool = False
+) -> Any:
     """6 heads over 2 key/value heads, and head_dim other than d_model / heads."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=36,
         intermediate_size=44,
@@ -83,11 +86,13 @@ def tiny_llama(dtype: torch.dtype = torch.float32, n_layers: int = 3) -> LlamaFo
         max_position_embeddings=40,
         initializer_range=0.2,
         tie_word_embeddings=False,
-        attn_implementation="eager",
+        attention_bias=attention_bias,
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(dtype).eval()
     randomize(model)
     return model
 

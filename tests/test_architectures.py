@@ -163,8 +163,19 @@ def test_frozen_intervention_is_the_edge(name: str, host: str) -> None:
         for source in last[:2]:
             node = sap.Node.parse(str(source))
             edit = sap.AblateFeature(2, node.feature or 0, node.position)
-            result = run.lens.intervene(run, [edit], freeze=("patterns", "norms", "mlp"))
-            assert abs(float(result.effect(TARGET)) + edges[source, root]) < 1e-10
+            for freeze in (("patterns", "norms", "mlp"), FREEZABLE):
+                result = run.lens.intervene(run, [edit], freeze=freeze)
+                assert abs(float(result.effect(TARGET)) + edges[source, root]) < 1e-10
+        # From layer 0, everything between held but what the edit itself writes.
+        below = [
+            (s, t) for s, t in edges.index if str(s)[:7] == "attn:0:" and str(t)[:7] == "attn:2:"
+        ]
+        for source, target in below[:: max(1, len(below) // 3)]:
+            node, of = sap.Node.parse(source), sap.Node.parse(target)
+            edit = sap.AblateFeature(0, node.feature or 0, node.position)
+            result = run.lens.intervene(run, [edit], freeze=FREEZABLE)
+            effect = float(result.effect(sap.Feature(2, of.feature or 0, of.position)))
+            assert abs(effect + edges[source, target]) < 1e-10
 
 
 def test_free_run_feels_the_norms_that_freezing_holds() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import SAE_ARCHITECTURES, TINY, TrueFloat64, random_saes, tiny_gpt2
+from helpers import SAE_ARCHITECTURES, TINY, TrueFloat64, random_saes, tiny_gpt2, tiny_llama
 from oracle import Oracle, Row
 
 import sae_attn_plugin as sap
@@ -65,8 +65,8 @@ def engine_rows(att: Attribution) -> dict[str, Row]:
         assert source not in edges[target], f"edge {source} -> {target} twice"
         edges[target][source] = weight
     return {
-        str(name): Row(edges[str(name)], row["constant"], row["value"])
-        for name, row in att.ledger.iterrows()
+        str(name): Row(edges[str(name)], constant, value)
+        for name, constant, value in att.ledger[["constant", "value"]].itertuples()
     }
 
 
@@ -151,6 +151,15 @@ def test_edges_equal_autograd_for_every_normalisation(name: str, config: dict[st
     one = case(name, **config)
     att = one.run.attribute(sap.Logit(5), node_budget=None)
     assert att.worst_residual < 1e-10
+    assert_matches_autograd(one, att)
+
+
+def test_grouped_value_biases() -> None:
+    """A Llama with biases on its projections: the heads of a group share one."""
+    model = tiny_llama(F64, attention_bias=True)
+    assert model.model.layers[1].self_attn.v_proj.bias.abs().min() > 0
+    one = Case("llama", random_saes(model), model)
+    att = one.run.attribute([sap.LogitDiff(5, 6), sap.Feature(2, 3, 6)], node_budget=60)
     assert_matches_autograd(one, att)
 
 
@@ -267,7 +276,7 @@ def _rows(model: Any, saes: list[Any], target: Any) -> Row:
 def test_a_bias_set_to_zero_leaves_the_constant(bias: str) -> None:
     model, width, position, feature = _gpt2_with_flat_attention(), 30, 6, 4
     saes = random_saes(model, "topk_rescaled")
-    sae = saes[0]
+    sae: Any = saes[0]
     block = model.transformer.h[0]
     target = sap.Logit(5) if bias == "final_norm" else sap.Feature(0, feature, position)
     before = _rows(model, saes, target)
@@ -384,7 +393,7 @@ def test_the_budget_goes_to_the_most_influential_of_one_layer() -> None:
     run = case("gpt2", layers=(1,)).run
     full = run.attribute(sap.Logit(5), node_budget=None).nodes
     att = run.attribute(sap.Logit(5), node_budget=5).nodes
-    features = full[full["kind"] == "attn"].sort_values("influence", ascending=False)
+    features = full.loc[full["kind"] == "attn", "influence"].sort_values(ascending=False)
     assert set(att.index[att["expanded"] & (att["kind"] == "attn")]) == set(features.index[:5])
 
 
@@ -392,7 +401,7 @@ def test_roots_do_not_use_the_budget() -> None:
     """A root that is itself the strongest pending feature leaves the budget to the others."""
     run = case("gpt2").run
     full = run.attribute(sap.Logit(5), node_budget=None).nodes
-    features = full[full["kind"] == "attn"].sort_values("influence", ascending=False)
+    features = full.loc[full["kind"] == "attn", "influence"].sort_values(ascending=False)
     strongest = sap.Node.parse(str(features.index[0]))
     assert strongest.layer is not None
     assert strongest.feature is not None
@@ -413,6 +422,16 @@ def test_edges_per_target(keep: int) -> None:
         assert row.edges == pytest.approx(dict(strongest), rel=1e-9)
         rest = sum(full[name].edges.values()) - sum(row.edges.values())
         assert ledger.loc[name, "pruned"] == pytest.approx(rest, rel=1e-9, abs=1e-12)
+
+
+def test_pruning_keeps_what_was_dropped_before() -> None:
+    run = case("gpt2").run
+    short = run.attribute(sap.LogitDiff(5, 6), edges_per_target=30)
+    full = run.attribute(sap.LogitDiff(5, 6)).ledger
+    pruned = short.prune(0.5, 0.8).prune(0.9, 0.9)
+    assert pruned.worst_residual < 1e-10
+    for target, in_sum, lost in pruned.ledger[["in_sum", "pruned"]].itertuples():
+        assert in_sum + lost == pytest.approx(full.loc[target, "in_sum"], rel=1e-9, abs=1e-12)
 
 
 # -- pruning ---------------------------------------------------------------------------------------
@@ -550,18 +569,24 @@ def test_heads_sum_to_the_edge(name: str) -> None:
         assert sums[pair] == pytest.approx(weight, rel=1e-9, abs=1e-13)
 
 
-def test_default_targets_are_the_top_logits() -> None:
-    run = case("gpt2").run
-    att = run.attribute()
-    probabilities = run.logits[0, -1].softmax(-1)
-    values, tokens = probabilities.sort(descending=True)
-    before = values.cumsum(0) - values
-    count = min(10, int((before < 0.95).sum()))
-    assert [str(node) for node in att.roots.values()] == [
-        f"logit:#{token}@6" for token in tokens[:count].tolist()
-    ]
-    shares = att.nodes.loc[[str(n) for n in att.roots.values()], "influence"].to_numpy()
-    np.testing.assert_allclose(shares, (values[:count] / values[:count].sum()).numpy(), rtol=1e-6)
+@pytest.mark.parametrize(("sharpness", "expected"), [(1.0, 10), (8.0, None), (200.0, 1)])
+def test_default_targets_are_the_top_logits(sharpness: float, expected: int | None) -> None:
+    """Cumulative probability 0.95, ten at most, weighted by probability."""
+    model = tiny_gpt2(F64)
+    with torch.no_grad():
+        model.transformer.ln_f.weight *= sharpness
+        model.transformer.ln_f.bias *= sharpness
+    run = sap.FeatureLens(model, random_saes(model)).run(TOKENS)
+    att = run.attribute(node_budget=5)
+    probabilities, tokens = run.logits[0, -1].softmax(-1).sort(descending=True)
+    chosen: list[int] = []
+    while len(chosen) < 10 and probabilities[: len(chosen)].sum() < 0.95:
+        chosen.append(int(tokens[len(chosen)]))
+    assert len(chosen) == expected if expected else 1 < len(chosen) < 10
+    names = [str(node) for node in att.roots.values()]
+    assert names == [f"logit:#{token}@6" for token in chosen]
+    shares = (probabilities[: len(chosen)] / probabilities[: len(chosen)].sum()).numpy()
+    np.testing.assert_allclose(att.nodes.loc[names, "influence"], shares, rtol=1e-6)
 
 
 def test_features_are_those_of_sae_lens() -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from sae_lens import SAE, StandardTrainingSAEConfig, TopKTrainingSAEConfig
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from sae_attn_plugin import training
+from sae_attn_plugin.demo import training as demo_training
 from sae_attn_plugin.errors import FileError, InputError
 from tests.helpers import tiny_gpt2, tiny_llama
 
@@ -22,10 +23,8 @@ D_IN = {"gpt2": 30, "llama": 48}
 LAYERS = (0, 2)
 
 
-def hooks_of(kind: str) -> training.ZHooks:
-    model: nn.Module = tiny_gpt2() if kind == "gpt2" else tiny_llama()
-    name = "transformer.h.{}.attn.c_proj" if kind == "gpt2" else "model.layers.{}.self_attn.o_proj"
-    return training.ZHooks(model, {i: model.get_submodule(name.format(i)) for i in range(3)})
+def hooks_of(kind: str) -> training.FlatZ:
+    return training.FlatZ(tiny_gpt2() if kind == "gpt2" else tiny_llama())
 
 
 def tokens_of(round_: int) -> Tensor:
@@ -160,7 +159,7 @@ def test_hooks_read_and_replace_z() -> None:
     zeroed = hooks.logits(tokens, {1: torch.zeros_like})
     # Zero z is the same as zero weights: only the bias is written.
     with torch.no_grad():
-        hooks.projections[1].get_parameter("weight").zero_()
+        hooks.backend.model.transformer.h[1].attn.c_proj.weight.zero_()  # type: ignore[attr-defined]
     torch.testing.assert_close(hooks.logits(tokens), zeroed)
 
 
@@ -184,7 +183,7 @@ def test_scores_of_a_perfect_and_an_empty_sae(trained) -> None:
 
 
 def test_model_learns_and_resumes_exactly(tmp_path: Path) -> None:
-    recipe = training.ModelRecipe(steps=12, lr=3e-3, warm_up=3)
+    recipe = demo_training.ModelRecipe(steps=12, lr=3e-3, warm_up=3)
     rows = torch.arange(1, 17).repeat(8, 1)
 
     def tokens(step: int) -> Tensor:
@@ -197,9 +196,9 @@ def test_model_learns_and_resumes_exactly(tmp_path: Path) -> None:
                 module.p = 0.0
         return model
 
-    first = training.train_model(fresh(), tokens, replace(recipe, steps=1), progress=False)
+    first = demo_training.train_model(fresh(), tokens, replace(recipe, steps=1), progress=False)
     whole = fresh()
-    loss = training.train_model(whole, tokens, recipe, progress=False)
+    loss = demo_training.train_model(whole, tokens, recipe, progress=False)
     assert loss < first
     assert not whole.training
 
@@ -212,10 +211,10 @@ def test_model_learns_and_resumes_exactly(tmp_path: Path) -> None:
         checkpoint=tmp_path / "model.safetensors", checkpoint_every=5, progress=False
     )
     with pytest.raises(KeyboardInterrupt):
-        training.train_model(fresh(), interrupted, recipe, **options)
+        demo_training.train_model(fresh(), interrupted, recipe, **options)
     resumed = fresh()
-    training.train_model(resumed, tokens, recipe, **options)
+    demo_training.train_model(resumed, tokens, recipe, **options)
     for left, right in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(left, right)
     with pytest.raises(FileError, match="other settings"):
-        training.train_model(resumed, tokens, replace(recipe, lr=1.0), **options)
+        demo_training.train_model(resumed, tokens, replace(recipe, lr=1.0), **options)

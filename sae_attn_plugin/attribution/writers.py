@@ -64,6 +64,10 @@ class WriterTable:
             head=int(self.index[row]) if kind == "head" else None,
         )
 
+    def rows(self) -> dict[Node, int]:
+        """The row of every writer, by node."""
+        return {self.node(row): row for row in range(len(self))}
+
     def features_of(self, layer: int) -> np.ndarray:
         """Rows of the attention features of a layer."""
         return np.flatnonzero((self.kind == _CODE["attn"]) & (self.layer == layer))

@@ -23,6 +23,8 @@ def load_model(
     backend: Host = "transformer_lens",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    model_name: str | None = None,
 ) -> Any:
     """Load a model so that its z is what SAEs are trained on.
 
@@ -32,6 +34,7 @@ def load_model(
             whose architecture :func:`to_hooked_transformer` cannot convert becomes a
             ``TransformerBridge``); ``"transformer_bridge"``; ``"nnsight"``: the Hugging Face model
             with eager attention and its tokenizer, as nnsight's ``TransformersModel``.
+        model_name: what graphs call a model from a folder; default: the folder as given.
 
     Raises:
         InputError: no such folder and no such model, or an unknown backend.
@@ -53,6 +56,8 @@ def load_model(
         return _bridge(name, device, dtype)
 
     model, tokenizer = load_huggingface(name, device, dtype)
+    if model_name is not None:
+        model.config._name_or_path = model_name
     if backend == "nnsight":
         from nnsight import TransformersModel
 
@@ -60,7 +65,9 @@ def load_model(
     if backend == "transformer_lens":
         with contextlib.suppress(UnsupportedError):
             return to_hooked_transformer(model, tokenizer)
-    return _bridge(name, device, dtype)
+    bridge = _bridge(name, device, dtype)
+    bridge.cfg.model_name = model_name or bridge.cfg.model_name
+    return bridge
 
 
 def load_huggingface(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -144,12 +151,9 @@ def to_hooked_transformer(model: Any, tokenizer: Any = None) -> Any:
         function,
     )
     hooked = HookedTransformer(cfg)
-    hooked.load_and_process_state_dict(
-        {**convert(model, cfg), **_exact_weights(model)},
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
+    # load_and_process_state_dict() would round float64 weights to float32, even without processing.
+    hooked.load_state_dict(
+        hooked.fill_missing_keys({**convert(model, cfg), **_exact_weights(model)}), strict=False
     )
     hooked = hooked.eval()
     tokens = (torch.arange(1, 9, device=model.device) * 37 % cfg.d_vocab)[None, : cfg.n_ctx]

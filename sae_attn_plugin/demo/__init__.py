@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_attn_plugin.registration import DEMO_MODEL_NAME
+
 if TYPE_CHECKING:
     from sae_attn_plugin.backends.loading import Host
     from sae_attn_plugin.lens import FeatureLens
@@ -56,7 +58,7 @@ def load_model(backend: Host = "transformer_lens") -> Any:
     """The demo model alone."""
     from sae_attn_plugin.backends.loading import load_model as load_any
 
-    return load_any(MODEL_PATH, backend)
+    return load_any(MODEL_PATH, backend, model_name=DEMO_MODEL_NAME)
 
 
 def load_saes() -> dict[str, Any]:

@@ -87,12 +87,13 @@ def intervene(
         edits: what to change. Error terms are kept, so without edits the run is unchanged.
         freeze: parts held at the clean run: ``"patterns"`` (attention weights), ``"norms"`` (the
             scale of every norm), ``"mlp"`` and ``"attention"`` (what MLPs and attention blocks add
-            to the residual stream; z itself stays live, so features can still be read).
+            to the residual stream, the edits apart; z itself stays live, so features can still be
+            read). With all four, an edit has its direct effect and no other.
 
     Raises:
         InputError: an edit or a freeze that does not fit the model.
     """
-    frozen = set(freeze)
+    frozen = {freeze} if isinstance(freeze, str) else set(freeze)
     if unknown := frozen - set(FREEZABLE):
         raise InputError(
             f"cannot freeze {', '.join(sorted(unknown))}; known: {', '.join(FREEZABLE)}"
@@ -121,6 +122,7 @@ class _Hooks:
         self.seen: dict[Any, Tensor] = {}
         self.watched: set[tuple[str, int]] = set()
         self.steps: defaultdict[Site, list[SiteEdit]] = defaultdict(list)
+        self.changed: dict[int, Tensor] = {}  # layer -> what feature edits add to z
 
     def check(self, edit: Edit) -> None:
         run = self.run
@@ -153,7 +155,7 @@ class _Hooks:
             if "norms" in self.frozen:
                 self._freeze_norms(layer, weights)
             if "attention" in self.frozen:
-                self.add("attn_out", layer, steps.constant(self.clean["attn_out", layer]))
+                self.add("attn_out", layer, self._held_attention(weights, layer))
             if "mlp" in self.frozen and g.has_mlp:
                 self.add("mlp_out", layer, steps.constant(self.clean["mlp_out", layer]))
             of_layer = [
@@ -211,6 +213,16 @@ class _Hooks:
         step = steps.normalised(live, norm.kind == "layer", norm.weight, norm.bias, scale)
         self.add(name, layer, step)
 
+    def _held_attention(self, weights: LayerWeights, layer: int) -> SiteEdit:
+        """What attention added in the clean run, and what the edits of this layer change in it."""
+        clean, norm, scale = self.clean["attn_out", layer], weights.post_norm, None
+        gain = None if norm is None else norm.weight
+        if norm is not None:
+            raw = weights.attn_out(self.clean["z", layer].to(weights.W_O))
+            scale = norm.scale(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        centred = norm is not None and norm.kind == "layer"
+        return steps.held_attention(clean, self.changed, layer, weights.W_O, centred, gain, scale)
+
     def _stream(self, layer: int, *written: str) -> Callable[[], Tensor]:
         """The live residual stream of a layer, after the blocks named."""
         sites = [self._watch(name, layer) for name in ("resid_pre", *written)]
@@ -227,4 +239,4 @@ class _Hooks:
             (e.feature, None if e.position is None else resolve(e.position), float(e.value))
             for e in edits
         ]
-        return steps.set_features(self.lens.dictionaries[layer], plain, dtype)
+        return steps.set_features(self.lens.dictionaries[layer], plain, dtype, self.changed)

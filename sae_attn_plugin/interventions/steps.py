@@ -95,33 +95,67 @@ def normalised(
     return step
 
 
-def set_features(
-    dictionary: Any, edits: list[tuple[int, int | None, float]], dtype: torch.dtype
+def held_attention(
+    clean: Tensor,
+    changed: dict[int, Tensor],
+    layer: int,
+    W_O: Tensor,
+    centred: bool,
+    weight: Tensor | None,
+    scale: Tensor | None,
 ) -> Any:
-    """z with features set, its error term kept.
+    """What attention added in the clean run, and what this layer's edits of z change in it.
+
+    ``scale`` is that of the clean run's post-norm, None where there is none.
+    """
+
+    def step(value):
+        held = clean.to(value)
+        if layer not in changed:
+            return held
+        change = changed[layer].flatten(-2).to(W_O) @ W_O.flatten(0, 1)
+        if scale is not None:
+            if centred:
+                change = change - change.mean(-1, keepdim=True)
+            change = change / scale.to(change)
+            if weight is not None:
+                change = change * weight.to(change)
+        return held + change.to(value)
+
+    return step
+
+
+def set_features(
+    dictionary: Any,
+    edits: list[tuple[int, int | None, float]],
+    dtype: torch.dtype,
+    changed: dict[int, Tensor],
+) -> Any:
+    """z with features set, its error term kept; a later edit of the same feature wins.
 
     Args:
-        dictionary: of the layer; edits: ``(feature, position or None for everywhere, value)``.
+        dictionary: of the layer; edits: ``(feature, position or None for everywhere, value)``;
+            changed: by layer, is given what the edits add to z.
     """
 
     def step(z):
         work = z.to(dtype, copy=True)
         for prompt in work:
             encoded = dictionary.encode(prompt)
-            change = torch.zeros_like(prompt)
+            live, wanted = {}, {}
             for feature, position, value in edits:
-                index = torch.tensor([feature], device=z.device)
-                row = dictionary.decoder(index, dtype)[0]
-                hit = encoded.feature == feature
-                live = torch.zeros(len(prompt), dtype=dtype, device=z.device)
-                live[encoded.position[hit]] = encoded.activation[hit]
-                delta = (value - live) * encoded.scale[:, 0]
-                if position is not None:
-                    only = torch.zeros_like(delta)
-                    only[position] = delta[position]
-                    delta = only
-                change += delta[:, None, None] * row
-            prompt += change
+                if feature not in live:
+                    hit = encoded.feature == feature
+                    at = torch.zeros(len(prompt), dtype=dtype, device=z.device)
+                    at[encoded.position[hit]] = encoded.activation[hit]
+                    live[feature], wanted[feature] = at, at.clone()
+                where = slice(None) if position is None else position
+                wanted[feature][where] = value
+            for feature, at in live.items():
+                row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
+                delta = (wanted[feature] - at) * encoded.scale[:, 0]
+                prompt += delta[:, None, None] * row
+        changed[dictionary.layer] = work - z
         return work.to(z.dtype)
 
     return step

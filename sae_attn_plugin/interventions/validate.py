@@ -1,0 +1,201 @@
+"""Is a graph true? Every edge predicted by it, against the same removal measured on the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.interventions.apply import FREEZABLE
+from sae_attn_plugin.interventions.edits import AddToStream
+from sae_attn_plugin.nodes import Feature, Logit, LogitDiff, Node, unquote
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from sae_attn_plugin.lens import FeatureLens
+
+Site = Literal["embed", "attn_out", "mlp_out"]
+_SITES: dict[str, Site] = {
+    "embed": "embed",
+    "pos": "embed",
+    "attn": "attn_out",
+    "attn_err": "attn_out",
+    "attn_bias": "attn_out",
+    "head": "attn_out",
+    "mlp": "mlp_out",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Predicted against measured effects of removing the source of each edge.
+
+    Attributes:
+        table: one row per edge: ``source, target, kind`` (of the source), ``predicted`` (minus the
+            edge), ``measured`` (change of the target's pre-activation or logit) and ``error``,
+            |measured - predicted| over the sum of |edges| into the target.
+    """
+
+    table: pd.DataFrame
+
+    @property
+    def max_error(self) -> float:
+        """The largest relative error."""
+        return float(self.table["error"].max())
+
+    @property
+    def r2(self) -> float:
+        """1 - residual over total sum of squares of the measured effects; NaN if they are equal."""
+        measured, predicted = self.table["measured"], self.table["predicted"]
+        total = float(((measured - measured.mean()) ** 2).sum())
+        return 1 - float(((measured - predicted) ** 2).sum()) / total if total else float("nan")
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's; NaN where one side is constant."""
+        ranks = self.table[["predicted", "measured"]].rank()
+        return float(ranks["predicted"].corr(ranks["measured"]))
+
+    @property
+    def sign_agreement(self) -> float:
+        """Share of edges whose measured effect has the predicted sign."""
+        return float((np.sign(self.table["predicted"]) == np.sign(self.table["measured"])).mean())
+
+    def by_kind(self) -> pd.DataFrame:
+        """The same figures for each kind of source."""
+        parts = {str(kind): Agreement(part) for kind, part in self.table.groupby("kind")}
+        return pd.DataFrame(
+            {
+                kind: {
+                    "edges": len(part.table),
+                    "max_error": part.max_error,
+                    "r2": part.r2,
+                    "rank_correlation": part.rank_correlation,
+                    "sign_agreement": part.sign_agreement,
+                }
+                for kind, part in parts.items()
+            }
+        ).T
+
+    def __repr__(self) -> str:
+        return (
+            f"{len(self.table)} edges: max error {self.max_error:.1e}, R2 {self.r2:.4f}, rank "
+            f"correlation {self.rank_correlation:.4f}, sign agreement {self.sign_agreement:.1%}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """What removing the sources of a graph's edges does.
+
+    Attributes:
+        frozen: with patterns, norm scales and all other writers held: the edge's own claim, which
+            must hold up to rounding.
+        free: with everything live, so that indirect paths, patterns and norms respond too.
+    """
+
+    frozen: Agreement
+    free: Agreement
+
+    def __repr__(self) -> str:
+        return f"frozen: {self.frozen}\nfree:   {self.free}"
+
+
+def validate(
+    graph: nx.DiGraph,
+    lens: FeatureLens,
+    *,
+    max_sources: int | None = None,
+    progress: bool | None = None,
+) -> Validation:
+    """Remove each source of a graph's edges on the model and compare with what its edges predict.
+
+    Args:
+        graph: from :meth:`Run.graph` or :meth:`Attribution.to_networkx` of this model and SAEs.
+        lens: the model and SAEs the graph was made with.
+        max_sources: only the sources with the largest influence; None: all. Each costs two forward
+            passes.
+        progress: show a bar; None: on a terminal.
+
+    Raises:
+        InputError: a graph of another model, or of a kind of node that cannot be removed.
+    """
+    if "token_ids" not in graph.graph or not graph.graph.get("targets"):
+        raise InputError(
+            "the graph does not say which prompt it is of; expected one of this package"
+        )
+    run = lens.run([graph.graph["token_ids"]])
+    rows = run.writers.rows()
+    edges = _edges(graph)
+    sources = list(dict.fromkeys(source for source, _ in edges))
+    if max_sources is not None:
+        if max_sources < 1:
+            raise InputError(f"validate(max_sources={max_sources}): expected at least 1")
+        influence = {name: graph.nodes[name].get("influence", 0.0) for name in sources}
+        sources = sorted(sources, key=lambda name: -influence[name])[:max_sources]
+    measured: dict[str, dict[tuple[str, str], float]] = {"frozen": {}, "free": {}}
+    disable = None if progress is None else not progress
+    for name in tqdm(sources, desc="validating", unit="source", disable=disable, leave=False):
+        node = Node.parse(name)
+        if node not in rows:
+            raise InputError(
+                f"{name} writes nothing on this prompt with this model and these SAEs; the graph "
+                "was made with others"
+            )
+        vector = run.writers.vectors[rows[node]]
+        edit = AddToStream(-vector, node.position, _SITES[node.kind], node.layer or 0)
+        targets = [target for source, target in edges if source == name]
+        for label, freeze in (("frozen", FREEZABLE), ("free", ())):
+            result = lens.intervene(run, [edit], freeze)
+            for target in targets:
+                effect = result.effect(_as_target(Node.parse(target)))
+                measured[label][name, target] = float(effect)
+    return Validation(*(_agreement(edges, measured[label]) for label in ("frozen", "free")))
+
+
+def _edges(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
+    """Weight by ``(source, target)``, with the heads of a ``MultiDiGraph`` summed."""
+    edges: dict[tuple[str, str], float] = defaultdict(float)
+    for source, target, weight in graph.edges(data="weight"):
+        edges[source, target] += weight
+    if not edges:
+        raise InputError("the graph has no edges to validate")
+    return dict(edges)
+
+
+def _as_target(node: Node) -> Feature | Logit | LogitDiff:
+    if node.kind == "attn":
+        assert node.layer is not None
+        assert node.feature is not None
+        return Feature(node.layer, node.feature, node.position)
+    if node.kind == "direction":
+        raise InputError(f"{node} cannot be measured: the graph does not hold its vector")
+    first, *second = unquote(node.label or "")
+    return LogitDiff(first, second[0], node.position) if second else Logit(first, node.position)
+
+
+def _agreement(
+    edges: dict[tuple[str, str], float], measured: dict[tuple[str, str], float]
+) -> Agreement:
+    size: dict[str, float] = defaultdict(float)
+    for (_, target), weight in edges.items():
+        size[target] += abs(weight)
+    return Agreement(
+        pd.DataFrame(
+            {
+                "source": source,
+                "target": target,
+                "kind": Node.parse(source).kind,
+                "predicted": -edges[source, target],
+                "measured": effect,
+                "error": abs(effect + edges[source, target]) / size[target],
+            }
+            for (source, target), effect in measured.items()
+        )
+    )
