@@ -594,6 +594,8 @@ def test_remote_needs_no_weights_here(tmp_path: Any) -> None:
     assert before != "eager"
     run = sap.FeatureLens(wrapped, random_saes(model), remote="local").run("w5 w9 w3")
     assert wrapped._module.config._attn_implementation == before
+    assert torch.is_grad_enabled()
+    assert not any(value.requires_grad for value in run.capture.values.values())
     found = run.attribute(TARGET, node_budget=None)
     local = sap.FeatureLens(model, random_saes(model), tokenizer=word_tokenizer()).run("w5 w9 w3")
     expected = local.attribute(TARGET, node_budget=None)

@@ -116,7 +116,7 @@ class HuggingFaceBackend:
         if refused := [str(site) for site in edits if site.name in READ_ONLY_SITES]:
             raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
         wanted = reads | set(edits)
-        with self._lock, torch.no_grad():
+        with self._lock:
             found = self._trace(tokens, wanted, edits, reads)
         if missing := reads - set(found):
             raise BackendError(f"not found in the model: {', '.join(map(str, missing))}")
@@ -134,7 +134,7 @@ class HuggingFaceBackend:
         results: dict[Any, Any] = {}
         options: dict[str, Any] = {"use_cache": False}
         if not remote:
-            with root.trace(tokens, **options):
+            with torch.no_grad(), root.trace(tokens, **options):
                 results.update(walk(root, row, shape, layers, read_at, edit_at, False))
         else:
             from nnsight import save
@@ -165,7 +165,7 @@ class HuggingFaceBackend:
                 if path is not None
             ]
         tokens = torch.ones(1, 1, dtype=torch.long)
-        with self._lock, torch.no_grad(), root.trace(tokens, remote=remote, use_cache=False):
+        with self._lock, root.trace(tokens, remote=remote, use_cache=False):
             back = save(fetch(root, paths))
         (found, training), device = back, self.geometry.device
         self._weights = {

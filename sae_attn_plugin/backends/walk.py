@@ -44,7 +44,7 @@ def walk(
     layers: list[int],
     reads: set[tuple[str, int]],
     edits: dict[tuple[str, int], Any],
-    eager: bool,
+    elsewhere: bool,
 ) -> dict[tuple[str, int], Tensor]:
     """Visit sites in the order of execution, edit some, and return the values of others.
 
@@ -52,15 +52,17 @@ def walk(
         root: the model's envoy; row: the architecture's paths and layout.
         shape: ``(n_heads, n_kv, d_head)``; layers: those to visit.
         reads, edits: by ``(name, layer)``; the logits are always read.
-        eager: switch the model to eager attention for this forward pass, since other kinds return
-            no attention weights.
+        elsewhere: the trace runs on another machine, whose model is as its owner loaded it: for
+            this forward pass switch it to eager attention, since other kinds return no attention
+            weights, and gradients off.
     """
     n_heads, n_kv, d_head = shape
     found = {}
     config = root._module.config
-    before = config._attn_implementation
-    if eager:
+    before, gradients = config._attn_implementation, torch.is_grad_enabled()
+    if elsewhere:
         config._attn_implementation = "eager"
+        torch.set_grad_enabled(False)
 
     def visit(name, layer, envoy, side, take, put):
         site = (name, layer)
@@ -133,7 +135,9 @@ def walk(
         plain("unembed_in", -1, submodule(root, row["final_norm"]), "output")
         found[("logits", -1)] = root.output.logits
     finally:
-        config._attn_implementation = before
+        if elsewhere:
+            config._attn_implementation = before
+            torch.set_grad_enabled(gradients)
     return found
 
 
