@@ -343,6 +343,32 @@ def test_a_row_names_modules_that_exist(monkeypatch: pytest.MonkeyPatch) -> None
         sap.FeatureLens(model, random_saes(model))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": "is_parallel"}, "has no field 'is_parallel'"),
+        ({"norm": "mlp"}, "LlamaMLP is no norm with an epsilon"),
+        ({"blocks": "model.blocks"}, "no module 'model.blocks'"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], **changes))
+    model = RECIPES["llama"].build()
+    with pytest.raises(sap.UnsupportedError, match=message):
+        sap.FeatureLens(model, random_saes(model))
+
+
+def test_attention_that_returns_no_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = RECIPES["llama"].build()
+    attention = type(model.model.layers[0].self_attn)
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *a, **k: (forward(*a, **k)[0], None))
+    with pytest.raises(sap.BackendError, match=r"'self_attn' returned no attention weights"):
+        sap.FeatureLens(model, random_saes(model))
+
+
 # -- what users add ------------------------------------------------------------------------------
 
 

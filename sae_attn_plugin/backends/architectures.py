@@ -237,9 +237,16 @@ def check_modules(model: nn.Module, architecture: Architecture) -> None:
 def read_geometry(model: nn.Module, architecture: Architecture) -> Geometry:
     """The shape of a Hugging Face model, from its configuration and its weights."""
     config: Any = model.config
+    parallel, cap = architecture.parallel, architecture.logit_soft_cap
+    needed = ["num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"]
+    for name in [*needed, *([parallel] if isinstance(parallel, str) else [])]:
+        if not hasattr(config, name):
+            raise UnsupportedError(
+                f"the architecture {architecture.model_type!r}: the configuration of "
+                f"{type(model).__name__} has no field {name!r}, which is needed to read its shape"
+            )
     n_heads = config.num_attention_heads
     embedding = submodule(model, architecture.embed)
-    parallel, cap = architecture.parallel, architecture.logit_soft_cap
     return Geometry(
         model_name=getattr(config, "_name_or_path", "") or architecture.model_type,
         architecture=architecture.model_type,
@@ -295,17 +302,19 @@ def read_norm(
     module: nn.Module, architecture: Architecture, source: WeightSource | None = None
 ) -> Norm:
     """Weight (offset added), bias and epsilon of a norm module."""
-    eps = next(
-        float(getattr(module, name))  # each family names it its own way
-        for name in ("eps", "variance_epsilon")
-        if hasattr(module, name)
-    )
+    # Each family names it its own way.
+    found = [getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name)]
+    if not found:
+        raise UnsupportedError(
+            f"the architecture {architecture.model_type!r}: {type(module).__name__} is no norm "
+            "with an epsilon (eps or variance_epsilon)"
+        )
     weight, bias = (source or own_weights)(module)
     if weight is not None and architecture.norm_offset:
         # Added in float32, as the hosts do.
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         weight = weight + architecture.norm_offset
-    return Norm(architecture.norm_kind, eps, weight, bias)
+    return Norm(architecture.norm_kind, float(found[0]), weight, bias)
 
 
 def read_matrix(

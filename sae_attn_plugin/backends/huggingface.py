@@ -120,6 +120,11 @@ class HuggingFaceBackend:
             found = self._trace(tokens, wanted, edits, reads)
         if missing := reads - set(found):
             raise BackendError(f"not found in the model: {', '.join(map(str, missing))}")
+        if any(value is None for value in found.values()):
+            raise BackendError(
+                f"{self.geometry.model_name}: {self._architecture.attention!r} returned no "
+                "attention weights, which attributions need; it must return (output, weights)"
+            )
         return found
 
     def _trace(
