@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.attribution.table import Attribution
-from sae_attn_plugin.backends.loading import HOSTS
+from sae_attn_plugin.backends.loading import HOSTS, Host
 
 LENGTHS = (10, 32, 100)
 COMPARED = 32  # up to here all features are expanded and hosts are compared edge by edge
@@ -46,7 +46,9 @@ def main() -> None:
 
     columns = ("host", "dtype", "tokens", "targets", "edges", "worst residual", "against first")
     table = Table(*columns)
-    rounds = [(dtype, host) for dtype in (torch.float32, torch.float64) for host in HOSTS]
+    rounds: list[tuple[torch.dtype, Host]] = [
+        (dtype, host) for dtype in (torch.float32, torch.float64) for host in HOSTS
+    ]
     first: dict[tuple[torch.dtype, int], Attribution] = {}
     for dtype, host in tqdm(rounds, desc="hosts"):
         lens = sap.FeatureLens(sap.load_model(args.model, host, dtype=dtype), args.saes)

@@ -9,6 +9,7 @@ import torch
 from helpers import STORIES
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.backends.loading import HOSTS
 from sae_attn_plugin.training import FlatZ, attention_z_config, train_saes
 
 pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not at hand")
@@ -17,7 +18,6 @@ TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
     "One day, she saw a big, red ball. Lily wanted to play with the ball, but it was too high. "
 )
-HOSTS = ("transformer_lens", "transformer_bridge", "nnsight")
 
 
 @pytest.fixture(scope="module")
