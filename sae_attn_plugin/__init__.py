@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin import demo, nodes, training
     from sae_attn_plugin.attribution.dfa import DFA
     from sae_attn_plugin.attribution.table import Attribution
+    from sae_attn_plugin.backends.architectures import Architecture, register_architecture
     from sae_attn_plugin.backends.loading import load_model
     from sae_attn_plugin.dictionaries import Dictionary, head_attribution, load_saes
     from sae_attn_plugin.errors import (
@@ -43,6 +44,7 @@ _PUBLIC = {
     "AblateFeature": "interventions.edits",
     "AddToStream": "interventions.edits",
     "Agreement": "interventions.validate",
+    "Architecture": "backends.architectures",
     "Attribution": "attribution.table",
     "BackendError": "errors",
     "DFA": "attribution.dfa",
@@ -66,6 +68,7 @@ _PUBLIC = {
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
     "register": "registration",
+    "register_architecture": "backends.architectures",
     "strongest_paths": "graphs.paths",
     "validate": "interventions.validate",
 }
@@ -97,6 +100,8 @@ __all__ = [  # noqa: RUF022 - the front door first
     "draw",
     "strongest_paths",
     "register",
+    "Architecture",
+    "register_architecture",
     "SaeAttnError",
     "InputError",
     "UnsupportedError",

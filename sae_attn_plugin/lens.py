@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
 from sae_attn_plugin.attribution.table import Attribution
 from sae_attn_plugin.attribution.writers import WriterTable, write_table
 from sae_attn_plugin.backends import as_backend
-from sae_attn_plugin.backends.protocol import Capture, capture
+from sae_attn_plugin.backends.protocol import Capture, capture, uncapped_logits
 from sae_attn_plugin.dictionaries import place
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions import apply
@@ -58,6 +58,8 @@ class FeatureLens:
         tokenizer: default: the model object's own.
         prepend_bos: whether string prompts get a BOS token. None: as the SAEs' metadata says,
             else the tokenizer's own convention.
+        remote: for nnsight models: ``True`` runs every forward pass on nnsight's remote service,
+            ``"local"`` serialises as a remote run does and runs here. The algebra stays here.
 
     Raises:
         InputError, UnsupportedError, BackendError: what does not fit, and what to do.
@@ -66,9 +68,15 @@ class FeatureLens:
     """
 
     def __init__(
-        self, model: Any, saes: Any, *, tokenizer: Any = None, prepend_bos: bool | None = None
+        self,
+        model: Any,
+        saes: Any,
+        *,
+        tokenizer: Any = None,
+        prepend_bos: bool | None = None,
+        remote: bool | str = False,
     ) -> None:
-        self.backend = as_backend(model, tokenizer)
+        self.backend = as_backend(model, tokenizer, remote)
         self.dictionaries = place(saes, self.backend.geometry)
         self._prepend_bos = prepend_bos
 
@@ -100,6 +108,17 @@ class FeatureLens:
 
     def to_tokens(self, prompt: str | Sequence[Any] | Tensor) -> Int[Tensor, "batch position"]:
         """Token ids of a prompt, a list of prompts of equal length, or token ids."""
+        rows = self._to_rows(prompt)
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) > 1:
+            raise InputError(
+                f"the prompts have {lengths[0]} to {lengths[-1]} tokens and make no rectangle; "
+                "lens.run(prompts) takes them, one tensor does not"
+            )
+        return torch.stack(rows)
+
+    def _to_rows(self, prompt: str | Sequence[Any] | Tensor) -> list[Int[Tensor, " position"]]:
+        """Token ids of each prompt, checked."""
         g = self.backend.geometry
         given: Any = [prompt] if isinstance(prompt, str) else prompt
         shape = getattr(given, "shape", None)  # of a tensor or a numpy array
@@ -107,26 +126,37 @@ class FeatureLens:
             raise InputError(f"expected a string, a list of strings or token ids, got {given!r}")
         if 0 in ([len(given)] if shape is None else shape[:1]):
             raise InputError("no prompt given; expected a string, a list of strings or token ids")
-        if shape is None and all(isinstance(text, str) for text in given):
-            rows = [encode_prompt(self.tokenizer, text, self.prepend_bos) for text in given]
-            lengths = sorted({len(row) for row in rows})
-            if len(lengths) > 1:
-                raise InputError(
-                    f"the prompts have {lengths[0]} to {lengths[-1]} tokens; prompts run together "
-                    "must have equal length: run them one by one"
-                )
-            given = rows
-        return check_ids(given, g.d_vocab, g.n_ctx, g.device)
+        if shape is None:
+            if all(isinstance(text, str) for text in given):
+                given = [encode_prompt(self.tokenizer, t, self.prepend_bos) for t in given]
+            unequal = len({len(row) for row in given if isinstance(row, Sized)}) > 1
+            if unequal and not any(isinstance(row, str | int) for row in given):
+                return [check_ids(row, g.d_vocab, g.n_ctx, g.device)[0] for row in given]
+        return list(check_ids(given, g.d_vocab, g.n_ctx, g.device))
 
     def run(self, prompt: str | Sequence[Any] | Tensor) -> Run:
-        """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``."""
-        tokens = self.to_tokens(prompt)
-        texts: tuple[str | None, ...] = (None,) * len(tokens)
+        """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``.
+
+        Prompts may differ in length: those of equal length share a forward pass, and nothing is
+        padded, so each gets the numbers it gets alone. ``run[i]`` is the run of one prompt, with
+        its own tokens only. A run of unequal prompts has no ``tokens`` or ``logits`` as a whole.
+        """
+        rows = self._to_rows(prompt)
+        texts: tuple[str | None, ...] = (None,) * len(rows)
         if isinstance(prompt, str):
             texts = (prompt,)
         elif not isinstance(prompt, Tensor) and all(isinstance(text, str) for text in prompt):
             texts = tuple(prompt)
-        return Run(self, capture(self.backend, tokens), texts)
+        lengths = [len(row) for row in rows]
+        if len(set(lengths)) == 1:
+            return Run(self, capture(self.backend, torch.stack(rows)), texts)
+        runs: dict[int, Run] = {}
+        for length in dict.fromkeys(lengths):
+            members = [i for i, n in enumerate(lengths) if n == length]
+            tokens = torch.stack([rows[i] for i in members])
+            group = Run(self, capture(self.backend, tokens), tuple(texts[i] for i in members))
+            runs |= {i: group[k] for k, i in enumerate(members)}
+        return UnequalRun(self, [runs[i] for i in range(len(rows))])
 
     def intervene(
         self, run: Run, edits: Sequence[Edit], freeze: Iterable[str] = ()
@@ -142,7 +172,7 @@ class Run:
 
     Attributes:
         tokens: ``[batch, position]`` ids.
-        logits: ``[batch, position, d_vocab]``.
+        logits: ``[batch, position, d_vocab]`` as the model returns them, after any soft-cap.
         prompts: the strings, where strings were given.
     """
 
@@ -357,7 +387,7 @@ class Run:
         return number, quote(token_label(self.lens.tokenizer, number, d_vocab))
 
     def _resolve(self, target: Target) -> tuple[Node, StreamReader | FeatureRoot]:
-        run, logits = self.frozen, self.logits[0]
+        run = self.frozen
         if isinstance(target, Feature):
             layer, position = (
                 self.resolve_layer(target.layer),
@@ -377,7 +407,7 @@ class Run:
             offset = 0.0 if bias is None else float(bias[token])
             node = Node("logit", position, label=label)
             reader = logit_reader(run, run.W_U[:, token], position, offset)
-            return node, _measured(reader, float(logits[position, token]))
+            return node, _measured(reader, float(self._logits([token], position)[0]))
         if isinstance(target, LogitDiff):
             correct, first = self.resolve_token(target.correct)
             wrong, second = self.resolve_token(target.wrong)
@@ -386,8 +416,9 @@ class Run:
             direction = run.W_U[:, correct].to(run.dtype) - run.W_U[:, wrong].to(run.dtype)
             offset = 0.0 if bias is None else float(bias[correct] - bias[wrong])
             node = Node("logit_diff", position, label=f"{first}-{second}")
-            measured = logits[position, correct].double() - logits[position, wrong].double()
-            return node, _measured(logit_reader(run, direction, position, offset), float(measured))
+            first_logit, second_logit = self._logits([correct, wrong], position)
+            measured = float(first_logit - second_logit)
+            return node, _measured(logit_reader(run, direction, position, offset), measured)
         d_model = run.embed.shape[1]
         if not isinstance(target.vector, Tensor):
             raise InputError(
@@ -401,6 +432,11 @@ class Run:
             raise InputError("Direction: the vector holds NaN or infinity")
         node = Node("direction", position, label=quote(target.name))
         return node, logit_reader(run, target.vector.to(run.embed.device), position)
+
+    def _logits(self, tokens: list[int], position: int) -> Float[Tensor, " token"]:
+        """Logits of some tokens as the model computed them, before any soft-cap, in float64."""
+        found = uncapped_logits(self.lens.backend, self.capture.values, tokens, position)
+        return found[0].double()
 
     def _top_logits(self) -> tuple[list[Target], list[float]]:
         probabilities = self.logits[0, -1].float().softmax(-1)
@@ -423,6 +459,36 @@ class Run:
             "token_ids": self.tokens[0].tolist(),
             "versions": _versions(),
         }
+
+
+class UnequalRun(Run):
+    """Runs of prompts of unequal length, side by side; ``run[i]`` is the run of one.
+
+    ``tokens``, ``logits`` and ``capture`` would need padding and are refused.
+    """
+
+    def __init__(self, lens: FeatureLens, runs: Sequence[Run]) -> None:
+        self.lens = lens
+        self.prompts = tuple(run.prompts[0] for run in runs)
+        self._runs = tuple(runs)
+
+    @property
+    def capture(self) -> Capture:  # type: ignore[override]
+        lengths = sorted({run.tokens.shape[1] for run in self._runs})
+        raise InputError(
+            f"the prompts of this run have {lengths[0]} to {lengths[-1]} tokens, so they make no "
+            "rectangle; pick one: run[i]"
+        )
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __getitem__(self, index: int) -> Run:
+        return self._runs[index]
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(str(run.tokens.shape[1]) for run in self._runs)
+        return f"Run of {len(self)} prompts, {lengths} tokens"
 
 
 def _measured(reader: StreamReader, value: float) -> StreamReader:

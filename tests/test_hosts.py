@@ -321,7 +321,7 @@ def _deaf(_model: Any, patch: Patch) -> None:
     [
         (_wrong_eps, r"v = N\(resid_pre\) W_V \+ b_V in layer 1"),
         (_transposed_values, r"v = N\(resid_pre\) W_V \+ b_V in layer 0"),
-        (_interleaved, r"z = pattern @ v in layer 0"),
+        (_interleaved, r"v = N\(resid_pre\) W_V \+ b_V in layer 0"),
         (_swapped_heads, r"z W_O \+ b_O = what attention adds in layer 2"),
         (_extra_writer(0), "writers sum to resid_pre in layer 1"),
         (_extra_writer(2), "writers sum to the final residual"),
@@ -371,18 +371,11 @@ def test_training_mode_is_refused(host: str) -> None:
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import BloomConfig, BloomForCausalLM
 
-    config = GPTNeoXConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=32,
-        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
-    )
-    with pytest.raises(sap.UnsupportedError, match=r"'gpt_neox' is not known; known: gpt2, llama"):
-        as_backend(GPTNeoXForCausalLM(config).eval())
+    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(sap.UnsupportedError, match=r"'bloom' is not known; known: gemma, gemma2"):
+        as_backend(BloomForCausalLM(config).eval())
 
 
 def test_attached_saes_are_refused() -> None:

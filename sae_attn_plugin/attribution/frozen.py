@@ -105,7 +105,7 @@ def freeze(
     dtype = algebra_dtype(g.dtype)
 
     def get(name: str, layer: int = -1) -> Tensor:
-        value = capture[name, layer][prompt].to(dtype)
+        value = capture[name, layer][prompt].to(g.device, dtype)
         if not torch.isfinite(value).all():
             where = name if layer < 0 else f"{name} of layer {layer}"
             raise InputError(f"{g.model_name}: {where} holds NaN or infinity on this prompt")
@@ -113,7 +113,7 @@ def freeze(
 
     layers = []
     for index in range(g.n_layers):
-        weights = backend.layer_weights(index).to(dtype)
+        weights = backend.layer_weights(index).to(dtype, g.device)
         resid_pre, z = get("resid_pre", index), get("z", index)
         dictionary = dictionaries.get(index)
         encoded = None if dictionary is None else dictionary.encode(z)
@@ -134,7 +134,7 @@ def freeze(
                 else z - dictionary.decode(encoded),
             )
         )
-    final_norm = backend.final_norm().to(dtype)
+    final_norm = backend.final_norm().to(dtype, g.device)
     resid_final = get("resid_final")
     W_U, b_U = backend.unembed()
     return FrozenRun(
@@ -144,7 +144,7 @@ def freeze(
         resid_final=resid_final,
         final_norm=final_norm,
         final_scale=final_norm.scale(resid_final),
-        W_U=W_U,
-        b_U=b_U,
+        W_U=W_U.to(g.device),
+        b_U=None if b_U is None else b_U.to(g.device),
         normalization=g.normalization,
     )

@@ -10,21 +10,27 @@ from sae_attn_plugin.errors import InputError
 __all__ = ["Backend", "as_backend"]
 
 
-def as_backend(model: Any, tokenizer: Any = None) -> Backend:
+def as_backend(model: Any, tokenizer: Any = None, remote: bool | str = False) -> Backend:
     """The backend of a model, told by its class.
 
     Raises:
-        InputError: for an object that is none of the known kinds of model.
+        InputError: for an object that is none of the known kinds of model, and for ``remote`` with
+            a host other than nnsight.
     """
     names = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
+    on_nnsight = names & {"transformers.PreTrainedModel", "nnsight.NNsight", "nnsight.Envoy"}
+    if remote and not on_nnsight:
+        raise InputError(
+            f"remote={remote!r} needs an nnsight model, not {type(model).__qualname__}"
+        )
     if names & {"transformer_lens.HookedTransformer", "transformer_lens.TransformerBridge"}:
         from sae_attn_plugin.backends.transformer_lens import TransformerLensBackend
 
         return TransformerLensBackend(model, tokenizer)
-    if names & {"transformers.PreTrainedModel", "nnsight.NNsight", "nnsight.Envoy"}:
+    if on_nnsight:
         from sae_attn_plugin.backends.huggingface import HuggingFaceBackend
 
-        return HuggingFaceBackend(model, tokenizer)
+        return HuggingFaceBackend(model, tokenizer, remote)
     if {"host", "geometry", "forward", "layer_weights"} <= set(dir(model)):
         return model
     raise InputError(

@@ -9,17 +9,21 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_attn_plugin.backends.architectures import (
+    WeightSource,
+    check_modules,
+    execution_device,
     find_architecture,
     read_geometry,
     read_layer,
+    read_matrix,
     read_norm,
-    submodule,
 )
 from sae_attn_plugin.backends.protocol import (
     LAYER_SITES,
@@ -30,6 +34,7 @@ from sae_attn_plugin.backends.protocol import (
     Site,
     self_check,
 )
+from sae_attn_plugin.backends.walk import fetch, submodule, walk
 from sae_attn_plugin.errors import BackendError, InputError
 
 
@@ -39,6 +44,9 @@ class HuggingFaceBackend:
     Args:
         model: ``nnsight.NNsight``, ``TransformersModel`` / ``LanguageModel``, or the bare model.
         tokenizer: needed for string prompts where the model object has none.
+        remote: ``True`` (nnsight's remote service), its address, or ``"local"`` (serialise like a
+            remote run, then run here): every forward pass is sent there, and what the algebra needs
+            comes back. The weights it needs are fetched once.
 
     A model that does not return its attention weights (sdpa, flash attention) is switched to eager
     attention, with a warning, since attributions need the pattern.
@@ -46,22 +54,39 @@ class HuggingFaceBackend:
 
     host = "nnsight"
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, remote: bool | str = False) -> None:
         from nnsight import NNsight  # importing it patches object and torch: only when needed
 
         self._nn = NNsight(model) if isinstance(model, nn.Module) else model
         self.model: Any = self._nn._module
+        self.remote = remote
+        if remote and not hasattr(self._nn, "_remote_backend"):
+            raise InputError(
+                f"remote={remote!r} needs a model that nnsight can find on the other side; load it "
+                f"as nnsight.TransformersModel(name), not as {type(model).__name__}"
+            )
         self.tokenizer = tokenizer or getattr(self._nn, "tokenizer", None)
+        if not remote and _is_offloaded(self.model):
+            self._nn = _offloaded(self.model)
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self._architecture = find_architecture(self.model.config.model_type)
+        check_modules(self.model, self._architecture)
         self.geometry = read_geometry(self.model, self._architecture)
         # nnsight's tracing is bound to the thread that started it.
         self._lock = threading.Lock()
-        if self.model.training:
+        self._source: WeightSource | None = None
+        if remote:
+            # The model here may hold no weights at all.
+            self.geometry = replace(self.geometry, device=torch.device("cpu"))
+            self._source = self._fetched
+            training = self._fetch()
+        else:
+            training = self.model.training
+        if training:
             raise InputError(
                 "the model is in training mode (dropout is on); call model.eval() first"
             )
-        if self.model.config._attn_implementation != "eager":
+        if not remote and self.model.config._attn_implementation != "eager":
             warnings.warn(
                 f"{self.geometry.model_name} uses {self.model.config._attn_implementation!r} "
                 "attention, which returns no attention weights: switched to 'eager'. Load it with "
@@ -72,14 +97,14 @@ class HuggingFaceBackend:
         self_check(self)
 
     def layer_weights(self, layer: int) -> LayerWeights:
-        return read_layer(self.model, self._architecture, self.geometry, layer)
+        return read_layer(self.model, self._architecture, self.geometry, layer, self._source)
 
     def final_norm(self) -> Norm:
-        return read_norm(submodule(self.model, self._architecture.final_norm), self._architecture)
+        row = self._architecture
+        return read_norm(submodule(self.model, row.final_norm), row, self._source)
 
     def unembed(self) -> tuple[Tensor, Tensor | None]:
-        head = submodule(self.model, self._architecture.unembed)
-        return head.weight.detach().T, None if head.bias is None else head.bias.detach()
+        return read_matrix(submodule(self.model, self._architecture.unembed), self._source)
 
     def forward(
         self,
@@ -87,82 +112,93 @@ class HuggingFaceBackend:
         edits: Mapping[Site, Edit] | None = None,
         reads: Iterable[Site] = (),
     ) -> dict[Site, Tensor]:
-        edits = dict(edits or {})
-        wanted = set(reads) | set(edits)
+        edits, reads = dict(edits or {}), set(reads)
         if refused := [str(site) for site in edits if site.name in READ_ONLY_SITES]:
             raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
-        found: dict[Site, Tensor] = {}
-        with self._lock, torch.no_grad(), self._nn.trace(tokens, use_cache=False):
-            self._body(wanted, edits, found)
-        if missing := wanted - set(found):
+        wanted = reads | set(edits)
+        with self._lock:
+            found = self._trace(tokens, wanted, edits, reads)
+        if missing := reads - set(found):
             raise BackendError(f"not found in the model: {', '.join(map(str, missing))}")
+        if any(value is None for value in found.values()):
+            raise BackendError(
+                f"{self.geometry.model_name}: {self._architecture.attention!r} returned no "
+                "attention weights, which attributions need; it must return (output, weights)"
+            )
         return found
 
-    def _body(self, wanted: set[Site], edits: dict[Site, Edit], found: dict[Site, Tensor]) -> None:
-        """Runs inside the trace, in the order of execution."""
-        arch, root = self._architecture, self._nn
+    def _trace(
+        self, tokens: Tensor, wanted: set[Site], edits: dict[Site, Edit], reads: set[Site]
+    ) -> dict[Site, Tensor]:
+        # Only plain data enters the trace, since a remote one is sent elsewhere.
+        g, root, remote = self.geometry, self._nn, self.remote
+        row, shape = dict(vars(self._architecture)), (g.n_heads, g.n_kv_heads, g.d_head)
+        layers = sorted({site.layer for site in wanted if site.name in LAYER_SITES})
+        read_at = {(site.name, site.layer) for site in reads}
+        edit_at = {(site.name, site.layer): edit for site, edit in edits.items()}
+        results: dict[Any, Any] = {}
+        options: dict[str, Any] = {"use_cache": False}
+        if not remote:
+            with torch.no_grad(), root.trace(tokens, **options):
+                results.update(walk(root, row, shape, layers, read_at, edit_at, False))
+        else:
+            from nnsight import save
 
-        def visit(site: Site, envoy: Any, side: str) -> None:
-            if site in wanted:
-                value = getattr(envoy, side)
-                if site in edits:
-                    value = edits[site](value)
-                    setattr(envoy, side, value)
-                found[site] = value
+            with root.trace(tokens, remote=remote, **options):
+                back = save(walk(root, row, shape, layers, read_at, edit_at, True))
+            results.update(back)
+        return {Site(*site): value for site, value in results.items()}
 
-        visit(Site("embed"), submodule(root, arch.embed), "output")
-        if arch.pos_embed is not None:
-            visit(Site("pos_embed"), submodule(root, arch.pos_embed), "output")
-        blocks = submodule(root, arch.blocks)
-        layers = {site.layer for site in wanted if site.name in LAYER_SITES}
-        for layer in sorted(layers):
-            block = blocks[layer]
-            visit(Site("resid_pre", layer), block, "input")
-            visit(Site("attn_in", layer), submodule(block, arch.norm), "output")
-            self._visit_values(
-                Site("v", layer), submodule(block, arch.values), wanted, edits, found
+    # -- remote ----------------------------------------------------------------------------------
+
+    def _fetch(self) -> bool:
+        """Bring every weight the algebra needs from where the model is, once; tell whether the
+        model is in training mode there."""
+        from nnsight import ndif, save
+
+        import sae_attn_plugin
+
+        # What runs in a trace is sent by its source: the other side does not have this package.
+        ndif.register(sae_attn_plugin)
+        row, root, remote = self._architecture, self._nn, self.remote
+        in_block = (row.values, row.out_projection, row.norm, row.mlp_norm, row.post_norm)
+        paths = [row.final_norm, row.unembed]
+        for layer in range(self.geometry.n_layers):
+            paths += [
+                f"{row.blocks}.{layer}.{path}"
+                for path in dict.fromkeys((*in_block, row.mlp_post_norm))
+                if path is not None
+            ]
+        tokens = torch.ones(1, 1, dtype=torch.long)
+        with self._lock, root.trace(tokens, remote=remote, use_cache=False):
+            back = save(fetch(root, paths))
+        (found, training), device = back, self.geometry.device
+        self._weights = {
+            id(submodule(self.model, path)): tuple(
+                None if tensor is None else tensor.to(device) for tensor in pair
             )
-            projection = submodule(block, arch.out_projection)
-            self._visit_z(Site("z", layer), projection, wanted, edits, found)
-            visit(Site("attn_out", layer), projection, "output")
-            if Site("pattern", layer) in wanted:
-                found[Site("pattern", layer)] = submodule(block, arch.attention).output[1]
-            mlp = submodule(block, arch.mlp)
-            visit(Site("mlp_in", layer), mlp, "input")
-            visit(Site("mlp_out", layer), mlp, "output")
-        visit(Site("resid_final"), submodule(root, arch.final_norm), "input")
-        visit(Site("unembed_in"), submodule(root, arch.final_norm), "output")
-        found[Site("logits")] = root.output.logits
+            for path, pair in found.items()
+        }
+        return training
 
-    def _visit_values(
-        self,
-        site: Site,
-        envoy: Any,
-        wanted: set[Site],
-        edits: dict[Site, Edit],
-        found: dict[Site, Tensor],
-    ) -> None:
-        if site not in wanted:
-            return
-        out = envoy.output
-        value = self._architecture.select_values(out, self.geometry)
-        if site in edits:
-            value = edits[site](value)
-            envoy.output = self._architecture.replace_values(out, value)
-        found[site] = value
+    def _fetched(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self._weights[id(module)]
+        return weight, bias
 
-    def _visit_z(
-        self,
-        site: Site,
-        envoy: Any,
-        wanted: set[Site],
-        edits: dict[Site, Edit],
-        found: dict[Site, Tensor],
-    ) -> None:
-        if site not in wanted:
-            return
-        value = envoy.input.unflatten(-1, (self.geometry.n_heads, self.geometry.d_head))
-        if site in edits:
-            value = edits[site](value)
-            envoy.input = value.flatten(-2)
-        found[site] = value
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights elsewhere until they are needed."""
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hooked and any(p.is_meta for p in model.parameters())
+
+
+def _offloaded(model: nn.Module) -> Any:
+    """A wrapper that sends inputs where the model computes, not where its first weight lies."""
+    from nnsight import NNsight
+
+    class Offloaded(NNsight):
+        @property
+        def device(self) -> torch.device | None:
+            return execution_device(model.get_input_embeddings())  # type: ignore[operator]
+
+    return Offloaded(model)

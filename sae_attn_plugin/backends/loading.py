@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
+from sae_attn_plugin.backends.architectures import find_architecture, read_norm
+from sae_attn_plugin.backends.walk import submodule
 from sae_attn_plugin.errors import InputError, UnsupportedError
 
 Host = Literal["transformer_lens", "transformer_bridge", "nnsight"]
@@ -96,77 +99,184 @@ def _explain(name: str) -> Iterator[None]:
         ) from error
 
 
+# model_type -> TransformerLens' module and function of weight conversion
+_CONVERSIONS = {
+    "gpt2": ("gpt2", "convert_gpt2_weights"),
+    "gpt_neox": ("neox", "convert_neox_weights"),
+    "gptj": ("gptj", "convert_gptj_weights"),
+    "llama": ("llama", "convert_llama_weights"),
+    "mistral": ("mistral", "convert_mistral_weights"),
+    "qwen2": ("qwen2", "convert_qwen2_weights"),
+    "qwen3": ("qwen3", "convert_qwen3_weights"),
+    "gemma": ("gemma", "convert_gemma_weights"),
+    "gemma2": ("gemma", "convert_gemma_weights"),
+    "gemma3_text": ("gemma", "convert_gemma_weights"),
+    "olmo2": ("olmo2", "convert_olmo2_weights"),
+}
+
+
 def to_hooked_transformer(model: Any, tokenizer: Any = None) -> Any:
     """A ``HookedTransformer`` with the weights of a Hugging Face model, unprocessed.
 
-    TransformerLens itself only loads models it knows by name. Known here: GPT-2 and Llama (the
-    latter with default rotary embeddings).
+    TransformerLens itself only loads models it knows by name. This takes any GPT-2, GPT-NeoX,
+    GPT-J, Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3 (text) or OLMo-2 with default
+    rotary embeddings, through TransformerLens' own weight conversions. The result is run on a short
+    input beside the original and must give the same logits.
 
     Raises:
-        UnsupportedError: any other architecture.
+        UnsupportedError: another architecture, an option that TransformerLens does not have, or a
+            conversion that changes the logits; the message names it.
     """
     from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
-    from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 
-    config = model.config
-    common = {
-        "n_layers": config.num_hidden_layers,
-        "d_model": config.hidden_size,
-        "n_ctx": config.max_position_embeddings,
-        "n_heads": config.num_attention_heads,
-        "d_vocab": config.vocab_size,
-        "model_name": getattr(config, "_name_or_path", "") or config.model_type,
-        "device": str(model.device),
-        "dtype": model.dtype,
-    }
-    if config.model_type == "gpt2":
-        special = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
-        cfg = HookedTransformerConfig(
-            **common,
-            d_head=config.hidden_size // config.num_attention_heads,
-            d_mlp=config.n_inner or 4 * config.hidden_size,
-            act_fn=config.activation_function,
-            eps=config.layer_norm_epsilon,
-            normalization_type="LN",
-            original_architecture="GPT2LMHeadModel",
-        )
-        convert = convert_gpt2_weights
-    elif config.model_type == "llama":
-        special = (
-            config.rope_parameters.get("rope_type", "default") != "default"
-            or config.attention_bias
-            or config.mlp_bias
-        )
-        d_head = getattr(config, "head_dim", None) or config.hidden_size // common["n_heads"]
-        cfg = HookedTransformerConfig(
-            **common,
-            d_head=d_head,
-            d_mlp=config.intermediate_size,
-            act_fn=config.hidden_act,
-            eps=config.rms_norm_eps,
-            normalization_type="RMS",
-            positional_embedding_type="rotary",
-            rotary_dim=d_head,
-            rotary_base=config.rope_parameters["rope_theta"],
-            rotary_adjacent_pairs=False,
-            gated_mlp=True,
-            final_rms=True,
-            n_key_value_heads=config.num_key_value_heads,
-            original_architecture="LlamaForCausalLM",
-        )
-        convert = convert_llama_weights
-    else:
-        special, cfg, convert = True, None, None
-    if special or cfg is None or convert is None:
+    kind = model.config.model_type
+    who = f"cannot convert this {kind!r} model to a HookedTransformer"
+    advice = "use TransformerBridge or nnsight"
+    if kind not in _CONVERSIONS:
         raise UnsupportedError(
-            f"cannot convert this {config.model_type!r} model to a HookedTransformer; use "
-            "TransformerBridge or nnsight"
+            f"{who}: known architectures are {', '.join(sorted(_CONVERSIONS))}; {advice}"
         )
+    if refused := _not_in_transformer_lens(model.config):
+        raise UnsupportedError(f"{who}: TransformerLens has no {refused}; {advice}")
+    cfg = HookedTransformerConfig(
+        model_name=getattr(model.config, "_name_or_path", "") or kind,
+        original_architecture=type(model).__name__,
+        device=str(model.device),
+        dtype=model.dtype,
+        **_hooked_settings(model.config),
+    )
+    module, function = _CONVERSIONS[kind]
+    convert = getattr(
+        importlib.import_module(f"transformer_lens.pretrained.weight_conversions.{module}"),
+        function,
+    )
     hooked = HookedTransformer(cfg)
     # load_and_process_state_dict() would round float64 weights to float32, even without processing.
-    hooked.load_state_dict(hooked.fill_missing_keys(convert(model, cfg)), strict=False)
+    hooked.load_state_dict(
+        hooked.fill_missing_keys({**convert(model, cfg), **_exact_weights(model)}), strict=False
+    )
+    hooked = hooked.eval()
+    tokens = (torch.arange(1, 9, device=model.device) * 37 % cfg.d_vocab)[None, : cfg.n_ctx]
+    with torch.no_grad():
+        expected, got = model(tokens, use_cache=False).logits, hooked(tokens)
+    error = float((got - expected).abs().max() / expected.abs().max())
+    if not error <= (1e-3 if model.dtype.itemsize >= 4 else 0.1):
+        raise UnsupportedError(f"{who}: the logits differ by {error:.2g} of the largest; {advice}")
     if tokenizer is not None:
         # set_tokenizer() would reload it from its folder with another BOS convention.
         hooked.tokenizer = tokenizer
-    return hooked.eval()
+    return hooked
+
+
+def _exact_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Embeddings and norm gains that the conversions round to float32, as the model has them."""
+    row = find_architecture(model.config.model_type)
+    if not row.norm_offset:
+        return {}
+    blocks = submodule(model, row.blocks)
+    paths = {"ln1.w": row.norm, "ln2.w": row.mlp_norm}
+    paths |= {"ln1_post.w": row.post_norm, "ln2_post.w": row.mlp_post_norm}
+    norms = {
+        f"blocks.{layer}.{name}": submodule(block, path)
+        for layer, block in enumerate(blocks)
+        for name, path in paths.items()
+        if path is not None
+    }
+    norms["ln_final.w"] = submodule(model, row.final_norm)
+    weights = {name: read_norm(module, row).weight for name, module in norms.items()}
+    with torch.no_grad():
+        embedding = submodule(model, row.embed)
+        everything = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+        embedded = embedding(everything)
+    return {"embed.W_E": embedded, **{k: w for k, w in weights.items() if w is not None}}
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Rotary settings of global attention; Gemma 3 keeps one set per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
+
+
+def _not_in_transformer_lens(config: Any) -> str | None:
+    """What this configuration asks for that a HookedTransformer cannot do."""
+
+    def has(name: str, default: Any = False) -> Any:
+        return getattr(config, name, default)
+
+    kind = config.model_type
+    if kind == "gpt2" and (has("scale_attn_by_inverse_layer_idx") or not config.scale_attn_weights):
+        return "other scaling of attention scores"
+    if _rope(config).get("rope_type", "default") != "default":
+        return f"rotary embeddings of type {_rope(config)['rope_type']!r} here"
+    if has("mlp_bias") or (has("attention_bias") and kind != "gpt_neox"):
+        return f"biases in {kind}"
+    if kind == "gpt_neox" and not config.attention_bias:
+        return "GPT-NeoX without attention biases"
+    if kind == "olmo2" and config.num_key_value_heads != config.num_attention_heads:
+        return "grouped-query attention in OLMo-2"
+    return None
+
+
+def _hooked_settings(config: Any) -> dict[str, Any]:
+    """A Hugging Face configuration in TransformerLens' terms."""
+
+    def get(*names: str) -> Any:
+        return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+
+    kind, n_heads, rope = config.model_type, config.num_attention_heads, _rope(config)
+    d_head = get("head_dim") or config.hidden_size // n_heads
+    layer_norm = kind in ("gpt2", "gpt_neox", "gptj")
+    settings: dict[str, Any] = {
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "n_ctx": config.max_position_embeddings,
+        "n_heads": n_heads,
+        "d_head": d_head,
+        "d_vocab": config.vocab_size,
+        "d_mlp": get("n_inner", "intermediate_size") or 4 * config.hidden_size,
+        "act_fn": get("activation_function", "hidden_activation", "hidden_act"),
+        "eps": get("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"),
+        "normalization_type": "LN" if layer_norm else "RMS",
+        "final_rms": not layer_norm,
+        "gated_mlp": not layer_norm,
+    }
+    if kind == "gptj" or (kind == "gpt_neox" and config.use_parallel_residual):
+        settings["parallel_attn_mlp"] = True
+    if kind not in ("gpt2", "olmo2") and (get("num_key_value_heads") or n_heads) != n_heads:
+        settings["n_key_value_heads"] = config.num_key_value_heads
+    elif not layer_norm and kind not in ("olmo2", "qwen3"):
+        settings["n_key_value_heads"] = n_heads  # the conversions name their weights for it
+    if kind != "gpt2":
+        share = rope.get("partial_rotary_factor", 1.0)
+        settings |= {
+            "positional_embedding_type": "rotary",
+            "rotary_dim": config.rotary_dim if kind == "gptj" else int(d_head * share),
+            "rotary_base": rope.get("rope_theta", 10000),
+            "rotary_adjacent_pairs": kind == "gptj",
+        }
+    if kind in ("qwen3", "gemma3_text"):  # OLMo-2 brings norms of its own
+        settings["use_qk_norm"] = True
+    if kind in ("gemma2", "gemma3_text"):
+        settings |= {
+            "attn_scale": config.query_pre_attn_scalar**0.5,
+            "use_normalization_before_and_after": True,
+        }
+    if kind == "gemma3_text":
+        local = config.rope_parameters.get("sliding_attention") or rope
+        settings["rotary_base_local"] = local["rope_theta"]
+    for cap, name in (
+        ("attn_scores_soft_cap", "attn_logit_softcapping"),
+        ("output_logits_soft_cap", "final_logit_softcapping"),
+    ):
+        # Gemma 3 ignores the cap on scores.
+        if get(name) is not None and not (kind == "gemma3_text" and cap.startswith("attn")):
+            settings[cap] = get(name)
+    window = get("sliding_window")
+    types = get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    if window is not None and "sliding_attention" in types:
+        settings |= {
+            "use_local_attn": True,
+            "window_size": window,
+            "attn_types": ["local" if t == "sliding_attention" else "global" for t in types],
+        }
+    return settings

@@ -34,11 +34,15 @@ class Site(NamedTuple):
     ``pattern``       ``[batch, head, query, key]``   attention weights; read only
     ``attn_out``      ``[batch, pos, d_model]``       what attention adds to the residual stream
     ``mlp_in``        ``[batch, pos, d_model]``       normalised input of the MLP
+    ``mlp_raw``       ``[batch, pos, d_model]``       output of the MLP before its post-norm
     ``mlp_out``       ``[batch, pos, d_model]``       what the MLP adds to the residual stream
     ``resid_final``   ``[batch, pos, d_model]``       input of the final norm; read only
     ``unembed_in``    ``[batch, pos, d_model]``       output of the final norm
-    ``logits``        ``[batch, pos, d_vocab]``       read only
+    ``logits``        ``[batch, pos, d_vocab]``       after any soft-cap; read only
     ================  ==============================  ==============================================
+
+    ``attn_in`` and ``mlp_in`` exist where a norm feeds the block, ``mlp_raw`` where a norm follows
+    the MLP. With post-norms, ``attn_out`` and ``mlp_out`` are their outputs.
     """
 
     name: str
@@ -48,15 +52,29 @@ class Site(NamedTuple):
         return self.name if self.layer < 0 else f"{self.name}[{self.layer}]"
 
 
-LAYER_SITES = ("resid_pre", "attn_in", "v", "z", "pattern", "attn_out", "mlp_in", "mlp_out")
-_NORMALISED_SITES = ("attn_in", "mlp_in")
+LAYER_SITES = (
+    "resid_pre",
+    "attn_in",
+    "v",
+    "z",
+    "pattern",
+    "attn_out",
+    "mlp_in",
+    "mlp_raw",
+    "mlp_out",
+)
 MODEL_SITES = ("embed", "pos_embed", "resid_final", "unembed_in", "logits")
 READ_ONLY_SITES = ("pattern", "resid_final", "logits")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a model. ``normalization``: ``"layer"``, ``"rms"`` or ``"none"``."""
+    """Shape of a model.
+
+    ``normalization``: ``"layer"``, ``"rms"`` or ``"none"``. ``parallel``: attention and MLP read
+    the same residual stream. ``mlp_post_norm``: a norm follows the MLP. ``logit_soft_cap``: ``c``
+    where the model returns ``c * tanh(logits / c)``, else None.
+    """
 
     model_name: str
     architecture: str
@@ -73,6 +91,8 @@ class Geometry:
     has_mlp: bool
     dtype: torch.dtype
     device: torch.device
+    mlp_post_norm: bool = False
+    logit_soft_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +130,18 @@ class Norm:
         y = self.centre(x) / scale
         return y if self.weight is None else y * self.weight
 
-    def to(self, dtype: torch.dtype) -> Norm:
-        weight = None if self.weight is None else self.weight.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
+    def as_host(
+        self, x: Float[Tensor, "... d"], scale: Float[Tensor, "... 1"] | None = None
+    ) -> Float[Tensor, "... d"]:
+        """``apply`` in the dtype and on the device of ``x``, as hosts do: half precision is
+        normalised in float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scale = None if scale is None else scale.to(x.device, dtype)
+        return self.to(dtype, x.device).apply(x.to(dtype), scale).to(x.dtype)
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Norm:
+        weight = None if self.weight is None else self.weight.to(device, dtype)
+        bias = None if self.bias is None else self.bias.to(device, dtype)
         return replace(self, weight=weight, bias=bias)
 
 
@@ -134,9 +163,11 @@ class LayerWeights:
     post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
 
-    def to(self, dtype: torch.dtype) -> LayerWeights:
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> LayerWeights:
         changed: dict[str, Any] = {
-            name: value.to(dtype) for name, value in vars(self).items() if value is not None
+            name: value.to(dtype, device) if isinstance(value, Norm) else value.to(device, dtype)
+            for name, value in vars(self).items()
+            if value is not None
         }
         return replace(self, **changed)
 
@@ -200,18 +231,44 @@ class Backend(Protocol):
 
 def capture_sites(geometry: Geometry) -> list[Site]:
     """The sites of a full capture."""
-    skipped = {*_NORMALISED_SITES, *([] if geometry.has_mlp else ["mlp_out"])}
-    names = [name for name in LAYER_SITES if name not in skipped]
-    model = ["embed", "resid_final"] + ["pos_embed"] * geometry.learned_positions
-    return [Site(n) for n in model] + [Site(n, i) for i in range(geometry.n_layers) for n in names]
+    g = geometry
+    layer = ["resid_pre", "v", "z", "pattern", "attn_out"]
+    layer += ["mlp_out"] * g.has_mlp + ["mlp_raw"] * (g.has_mlp and g.mlp_post_norm)
+    model = ["embed", "resid_final"] + ["pos_embed"] * g.learned_positions
+    model += ["unembed_in"] * (g.logit_soft_cap is not None)
+    return [Site(n) for n in model] + [Site(n, i) for i in range(g.n_layers) for n in layer]
 
 
-def capture(backend: Backend, tokens: Int[Tensor, "batch pos"]) -> Capture:
-    """Run the model once and keep everything the algebra needs."""
-    found = backend.forward(tokens, reads=capture_sites(backend.geometry))
+def capture(
+    backend: Backend, tokens: Int[Tensor, "batch pos"], more: Iterable[Site] = ()
+) -> Capture:
+    """Run the model once and keep everything the algebra needs, on the device of its input."""
+    found = backend.forward(tokens, reads=[*capture_sites(backend.geometry), *more])
     # Position embeddings come once for the whole batch on some hosts.
-    values = {site: value.expand(len(tokens), *value.shape[1:]) for site, value in found.items()}
+    values = {
+        site: value.expand(len(tokens), *value.shape[1:]).to(backend.geometry.device)
+        for site, value in found.items()
+    }
     return Capture(tokens, values)
+
+
+def uncapped_logits(
+    backend: Backend, values: Mapping[Site, Tensor], tokens: list[int], position: int
+) -> Float[Tensor, "batch token"]:
+    """The host's logits of some tokens at one position, before any final soft-cap.
+
+    A soft-cap cannot be undone exactly once rounded, so with one the host's final normalised
+    residual stream (``unembed_in``) goes through the unembedding again. Half precision is promoted
+    to float32.
+    """
+    logits = values[Site("logits")]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if backend.geometry.logit_soft_cap is None:
+        return logits[:, position, tokens].to(dtype)
+    W_U, b_U = backend.unembed()
+    normalised = values[Site("unembed_in")][:, position].to(W_U.device, dtype)
+    capped = normalised @ W_U[:, tokens].to(dtype)
+    return capped if b_U is None else capped + b_U[tokens].to(dtype)
 
 
 def repeat_kv(v: Float[Tensor, "... n_kv d_head"], n_heads: int) -> Tensor:
@@ -236,7 +293,9 @@ def self_check(backend: Backend) -> None:
     g = backend.geometry
     # Distinct tokens, away from id 0, so that position and token mistakes show.
     tokens = (torch.arange(1, 7, device=g.device) * 37 % g.d_vocab)[None, : g.n_ctx]
-    run = capture(backend, tokens)
+    weights_of = [backend.layer_weights(i).to(g.dtype, g.device) for i in range(g.n_layers)]
+    mlp_in = [Site("mlp_in", i) for i, w in enumerate(weights_of) if g.has_mlp and w.mlp_norm]
+    run = capture(backend, tokens, mlp_in)
     tolerance = {torch.float64: 1e-4, torch.float32: 1e-4}.get(g.dtype, 5e-2)
 
     def same(name: str, got: Tensor, expected: Tensor) -> None:
@@ -256,24 +315,34 @@ def self_check(backend: Backend) -> None:
     stream = run["embed", -1]
     if g.learned_positions:
         stream = stream + run["pos_embed", -1]
-    for layer in range(g.n_layers):
-        weights = backend.layer_weights(layer)
+    for layer, weights in enumerate(weights_of):
         resid, v, z = (run[name, layer] for name in ("resid_pre", "v", "z"))
         same(f"writers sum to resid_pre in layer {layer}", stream, resid)
-        values = weights.values(_apply(weights.norm, resid))
+        values = weights.values(weights.norm.as_host(resid))
         same(f"v = N(resid_pre) W_V + b_V in layer {layer}", values, v)
-        same(f"z = pattern @ v in layer {layer}", mix_values(run["pattern", layer], v), z)
+        same(f"z = pattern @ v in layer {layer}", mix_values(run["pattern", layer].to(v), v), z)
         out = weights.attn_out(z)
         if weights.post_norm is not None:
-            out = _apply(weights.post_norm, out)
+            out = weights.post_norm.as_host(out)
         same(f"z W_O + b_O = what attention adds in layer {layer}", out, run["attn_out", layer])
+        if weights.mlp_norm is not None and g.has_mlp:
+            middle = resid if g.parallel else resid + run["attn_out", layer]
+            out = weights.mlp_norm.as_host(middle)
+            same(f"N(residual) = input of the MLP in layer {layer}", out, run["mlp_in", layer])
+        if weights.mlp_post_norm is not None and g.has_mlp:
+            out = weights.mlp_post_norm.as_host(run["mlp_raw", layer])
+            same(f"the MLP's post-norm in layer {layer}", out, run["mlp_out", layer])
         stream = resid + run["attn_out", layer]
         if g.has_mlp:
             stream = stream + run["mlp_out", layer]
     same("writers sum to the final residual", stream, run["resid_final", -1])
-    W_U, b_U = backend.unembed()
-    logits = _apply(backend.final_norm(), stream) @ W_U
-    same("logits = N(resid_final) W_U + b_U", logits if b_U is None else logits + b_U, run.logits)
+    W_U, b_U = (None if w is None else w.to(g.device) for w in backend.unembed())
+    assert W_U is not None
+    logits = backend.final_norm().as_host(stream) @ W_U
+    logits = logits if b_U is None else logits + b_U
+    if g.logit_soft_cap is not None:
+        logits = g.logit_soft_cap * (logits / g.logit_soft_cap).tanh()
+    same("logits = N(resid_final) W_U + b_U", logits, run.logits)
 
     last = Site("z", g.n_layers - 1)
     edited = backend.forward(tokens, {last: lambda z: torch.zeros_like(z) + 3 * z.flip(-1)})
@@ -284,11 +353,6 @@ def self_check(backend: Backend) -> None:
 
 
 _ADVICE = "The model is refused, since attributions on it would be wrong."
-
-
-def _apply(norm: Norm, x: Tensor) -> Tensor:
-    # Hosts compute norms in float32 in half-precision models.
-    return norm.to(torch.float32).apply(x.float()).to(x.dtype) if x.itemsize < 4 else norm.apply(x)
 
 
 def _who(backend: Backend) -> str:

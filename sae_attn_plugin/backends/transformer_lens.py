@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sae_attn_plugin.backends.architectures import Architecture, find_architecture, read_norm
 from sae_attn_plugin.backends.protocol import (
-    LAYER_SITES,
     READ_ONLY_SITES,
     Edit,
     Geometry,
@@ -21,6 +22,8 @@ from sae_attn_plugin.backends.protocol import (
 )
 from sae_attn_plugin.errors import BackendError, InputError, UnsupportedError
 
+# TransformerLens' own list of models whose ln1 and ln2 follow the blocks instead of feeding them.
+_POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 # Hook names. On the bridge the canonical names are used: on some of its subclasses hooks at the
 # alias names (hook_z, hook_resid_pre) never fire, and nothing says so.
 _HOOKED = {
@@ -41,13 +44,26 @@ _BRIDGE = {
     "pattern": "blocks.{}.attn.hook_pattern",
     "z": "blocks.{}.attn.o.hook_in",
     "attn_out": "blocks.{}.attn.hook_out",
+    "mlp_raw": "blocks.{}.mlp.hook_out",
     "mlp_out": "blocks.{}.mlp.hook_out",
 }
 # Sites that are the input of a module; both classes name the modules alike.
 _MODULE_INPUTS = {"mlp_in": "blocks.{}.mlp", "resid_final": "ln_final", "unembed_in": "unembed"}
 # Sites that are the output of a module. HookedTransformer calls ln1 once each for q, k and v, so an
 # edit there runs three times on the same value.
-_MODULE_OUTPUTS = {"attn_in": "blocks.{}.ln1"}
+_MODULE_OUTPUTS = {"mlp_raw": "blocks.{}.mlp"}
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """Names of a block's norms, by what they do."""
+
+    before: str | None = "ln1"
+    before_mlp: str | None = "ln2"
+    after: str | None = None
+    after_mlp: str | None = None
+
+
 _NORM_KINDS = {"LN": "layer", "LNPre": "layer", "RMS": "rms", "RMSPre": "rms", None: "none"}
 
 
@@ -75,14 +91,20 @@ class TransformerLensBackend:
         config = getattr(getattr(model, "original_model", None), "config", None)
         self.revision: str | None = getattr(config, "_commit_hash", None)
         cfg = model.cfg
+        self._row: Architecture | None = None
+        if self._bridge:
+            self._row = find_architecture(getattr(config, "model_type", "") or cfg.architecture)
         if cfg.normalization_type not in _NORM_KINDS:
             raise UnsupportedError(
                 f"normalization_type {cfg.normalization_type!r} of {cfg.model_name} is not known; "
                 f"known: {', '.join(map(str, _NORM_KINDS))}"
             )
-        for flag in ("use_normalization_before_and_after", "output_logits_soft_cap"):
-            if getattr(cfg, flag, None) not in (None, False, -1.0):
-                raise UnsupportedError(f"{cfg.model_name}: {flag} is not supported")
+        if cfg.positional_embedding_type not in ("standard", "rotary", "alibi"):
+            raise UnsupportedError(
+                f"{cfg.model_name}: positional_embedding_type "
+                f"{cfg.positional_embedding_type!r} is not supported; supported: standard, rotary, "
+                "alibi"
+            )
         if attached := list(
             getattr(model, "acts_to_saes", {}) or getattr(model, "_acts_to_saes", {})
         ):
@@ -91,6 +113,9 @@ class TransformerLensBackend:
                 "first: FeatureLens splices them itself"
             )
         weight = model.W_E if not self._bridge else model.embed.weight
+        cap = getattr(cfg, "output_logits_soft_cap", None) or 0.0
+        if self._row is not None and self._row.logit_soft_cap is not None:
+            cap = getattr(config, self._row.logit_soft_cap, None) or 0.0
         self.geometry = Geometry(
             model_name=cfg.model_name,
             architecture=getattr(cfg, "original_architecture", None)
@@ -109,13 +134,51 @@ class TransformerLensBackend:
             has_mlp=not cfg.attn_only,
             dtype=weight.dtype,
             device=weight.device,
+            logit_soft_cap=cap if cap > 0 else None,
         )
+        self._norms = self._find_norms()
+        self.geometry = replace(self.geometry, mlp_post_norm=self._norms.after_mlp is not None)
+        self._hooks, self._inputs, self._outputs = self._find_sites()
         if model.training:
             raise InputError(
                 "the model is in training mode (dropout is on); call model.eval() first"
             )
         self._refuse_folded_values()
         self_check(self)
+
+    def _find_norms(self) -> _Norms:
+        if self._row is not None:
+            # The bridge's ln1 and ln2 are whatever norms come first; their paths tell which.
+            names = {
+                getattr(module, "name", None): name
+                for name, module in self.model.blocks[0].named_children()
+            }
+            row = self._row
+            paths = (row.norm, row.mlp_norm, row.post_norm, row.mlp_post_norm)
+            return _Norms(*(None if path is None else names[path] for path in paths))
+        cfg = self.model.cfg
+        if cfg.normalization_type is None:
+            return _Norms(None, None)
+        if cfg.original_architecture in _POST_NORM:
+            return _Norms(None, None, "ln1", "ln2")
+        if getattr(cfg, "use_normalization_before_and_after", False):
+            return _Norms("ln1", "ln2", "ln1_post", "ln2_post")
+        return _Norms()
+
+    def _find_sites(self) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+        """Hook names, modules whose input and modules whose output is a site, by site."""
+        norms, inputs, outputs = self._norms, dict(_MODULE_INPUTS), dict(_MODULE_OUTPUTS)
+        hooks = dict(_BRIDGE if self._bridge else _HOOKED)
+        if norms.before is not None:
+            outputs["attn_in"] = f"blocks.{{}}.{norms.before}"
+        if self._bridge:
+            del outputs["mlp_raw"]
+            for site, name in (("attn_out", norms.after), ("mlp_out", norms.after_mlp)):
+                if name is not None:
+                    hooks[site] = f"blocks.{{}}.{name}.hook_out"
+        elif self.geometry.normalization == "none":
+            inputs["resid_final"] = "unembed"  # ln_final is never called
+        return hooks, inputs, outputs
 
     def _has_learned_positions(self) -> bool:
         if self._bridge:
@@ -149,7 +212,13 @@ class TransformerLensBackend:
         grouped = not self._bridge and g.n_kv_heads != g.n_heads
         W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
         W_V, W_O = W_V.detach(), attn.W_O.detach()
-        has_mlp_norm = g.has_mlp and hasattr(block, "ln2")
+        before, before_mlp, after, after_mlp = (
+            None if name is None else self._norm(getattr(block, name))
+            for name in (
+                *(self._norms.before, self._norms.before_mlp if g.has_mlp else None),
+                *(self._norms.after, self._norms.after_mlp if g.has_mlp else None),
+            )
+        )
         return LayerWeights(
             W_V=W_V,
             b_V=W_V.new_zeros(g.n_kv_heads, g.d_head)
@@ -157,29 +226,23 @@ class TransformerLensBackend:
             else b_V.detach().reshape(g.n_kv_heads, g.d_head),
             W_O=W_O,
             b_O=W_O.new_zeros(g.d_model) if attn.b_O is None else attn.b_O.detach(),
-            norm=self._norm(block.ln1),
-            mlp_norm=self._norm(block.ln2) if has_mlp_norm else None,
+            norm=before or Norm("none"),
+            mlp_norm=before_mlp,
+            post_norm=after,
+            mlp_post_norm=after_mlp,
         )
 
     def final_norm(self) -> Norm:
-        return self._norm(self.model.ln_final)
+        kind = self.geometry.normalization
+        return Norm("none") if kind == "none" else self._norm(self.model.ln_final)
 
     def _norm(self, module: Any) -> Norm:
-        kind = self.geometry.normalization
-        if kind == "none":
-            return Norm("none")
-        names = ("weight", "bias") if self._bridge else ("w", "b")
-        if self._bridge:
-            module = module.original_component
-        eps = next(
-            float(getattr(module, name))
-            for name in ("eps", "variance_epsilon")
-            if hasattr(module, name)
-        )
-        weight, bias = (getattr(module, name, None) for name in names)
+        if self._row is not None:
+            return read_norm(module.original_component, self._row)
+        weight, bias = (getattr(module, name, None) for name in ("w", "b"))
         return Norm(
-            kind,
-            eps,
+            self.geometry.normalization,
+            float(module.eps),
             None if weight is None else weight.detach(),
             None if bias is None else bias.detach(),
         )
@@ -210,20 +273,19 @@ class TransformerLensBackend:
             return shaped.reshape(value.shape) if site in edits else None
 
         hooks, handles = [], []
-        names = _BRIDGE if self._bridge else _HOOKED
         try:
             for site in sorted(wanted - {Site("logits")}):
-                if site.name in _MODULE_INPUTS:
-                    module = self._module(_MODULE_INPUTS, site)
+                if site.name in self._inputs:
+                    module = self._module(self._inputs, site)
                     hook = functools.partial(_module_input, visit, site)
                     handles.append(module.register_forward_pre_hook(hook))
-                elif site.name in _MODULE_OUTPUTS:
-                    module = self._module(_MODULE_OUTPUTS, site)
+                elif site.name in self._outputs:
+                    module = self._module(self._outputs, site)
                     hook = functools.partial(_module_output, visit, site)
                     handles.append(module.register_forward_hook(hook))
-                else:
+                elif site.name in self._hooks:
                     hook = functools.partial(_hook, visit, site)
-                    hooks.append((names[site.name].format(site.layer), hook))
+                    hooks.append((self._hooks[site.name].format(site.layer), hook))
             with torch.no_grad():
                 logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
         finally:
@@ -258,6 +320,3 @@ def _module_input(visit: Any, site: Site, module: Any, args: tuple[Any, ...]) ->
 
 def _module_output(visit: Any, site: Site, module: Any, args: Any, value: Tensor) -> Any:  # noqa: ARG001
     return visit(value, site)
-
-
-assert {*_HOOKED, *_MODULE_INPUTS, *_MODULE_OUTPUTS} >= set(LAYER_SITES)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_attn_plugin.backends.protocol import Capture, LayerWeights, Site, mix_values
+from sae_attn_plugin.backends.protocol import (
+    Capture,
+    LayerWeights,
+    Norm,
+    Site,
+    uncapped_logits,
+)
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
 from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, Edit, SetFeature
 from sae_attn_plugin.nodes import Feature, Logit, LogitDiff
 
@@ -28,46 +36,45 @@ class InterventionResult:
 
     Attributes:
         clean: the run that was edited.
-        logits: ``[batch, position, d_vocab]`` of the edited run.
+        logits: ``[batch, position, d_vocab]`` of the edited run, as the model returns them.
         z: by layer with an SAE, ``[batch, position, head, d_head]``, after the edits of that layer.
+        values: every site that was read.
     """
 
     clean: Run
     logits: Float[Tensor, "batch position d_vocab"]
     z: dict[int, Float[Tensor, "batch position head d_head"]]
+    values: Mapping[Site, Tensor] = field(repr=False)
 
     def value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
-        """A target in the edited run: the logit, logit difference or pre-activation."""
-        return self._value(target, self.logits, self.z)
+        """A target in the edited run: the logit or logit difference before any final soft-cap, or
+        the pre-activation."""
+        return self._value(target, self.values)
 
     def clean_value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """The same target in the clean run."""
-        clean_z = {layer: self.clean.capture["z", layer] for layer in self.z}
-        return self._value(target, self.clean.logits, clean_z)
+        return self._value(target, self.clean.capture.values)
 
     def effect(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """Edited minus clean."""
         return self.value(target) - self.clean_value(target)
 
-    def _value(
-        self, target: Logit | LogitDiff | Feature, logits: Tensor, z: dict[int, Tensor]
-    ) -> Tensor:
+    def _value(self, target: Logit | LogitDiff | Feature, values: Mapping[Site, Tensor]) -> Tensor:
         run = self.clean
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
             dictionary = run.lens.dictionaries[run.resolve_layer(target.layer)]
             index = torch.tensor([run.resolve_feature(target.layer, target.feature)])
-            at = z[target.layer][:, position]
+            at = values[Site("z", target.layer)][:, position]
             at = at if at.dtype == torch.float64 else at.float()
             _, scale, _ = dictionary.normalise(at.flatten(-2))
             encoder = dictionary.encoder(index.to(at.device), at.dtype)[0]
             dot = (at * encoder).sum((-2, -1)) / dictionary.input_scale(scale)[:, 0]
             return dot + dictionary.constants(index.to(at.device), at.dtype)
         tokens = [target.token] if isinstance(target, Logit) else [target.correct, target.wrong]
-        first, *second = (run.resolve_token(token)[0] for token in tokens)
-        at = logits[:, position]
-        at = at if at.dtype == torch.float64 else at.float()
-        return at[:, first] - at[:, second[0]] if second else at[:, first]
+        ids = [run.resolve_token(token)[0] for token in tokens]
+        at = uncapped_logits(run.lens.backend, values, ids, position)
+        return at[:, 0] - at[:, 1] if len(ids) == 2 else at[:, 0]
 
 
 def intervene(
@@ -95,11 +102,14 @@ def intervene(
     for edit in edits:
         hooks.check(edit)
     reads = [Site("z", layer) for layer in lens.dictionaries]
+    if lens.backend.geometry.logit_soft_cap is not None:
+        reads.append(Site("unembed_in"))
     found = lens.backend.forward(run.tokens, hooks.build(edits), reads)
     return InterventionResult(
         clean=run,
         logits=found[Site("logits")],
         z={layer: found[Site("z", layer)] for layer in lens.dictionaries},
+        values=found,
     )
 
 
@@ -109,7 +119,9 @@ class _Hooks:
     def __init__(self, lens: FeatureLens, run: Run, frozen: set[str]) -> None:
         self.lens, self.run, self.frozen = lens, run, frozen
         self.clean: Capture = run.capture
-        self.seen: dict[Site, Tensor] = {}
+        self.seen: dict[Any, Tensor] = {}
+        self.watched: set[tuple[str, int]] = set()
+        self.steps: defaultdict[Site, list[SiteEdit]] = defaultdict(list)
         self.changed: dict[int, Tensor] = {}  # layer -> what feature edits add to z
 
     def check(self, edit: Edit) -> None:
@@ -133,149 +145,98 @@ class _Hooks:
             raise InputError(f"expected an edit such as AblateFeature(...), got {edit!r}")
 
     def build(self, edits: Sequence[Edit]) -> dict[Site, SiteEdit]:
+        """One edit per site; each records what it leaves where a later one asks for it."""
         g = self.lens.backend.geometry
-        hooks: dict[Site, SiteEdit] = {}
         for layer in range(g.n_layers):
             weights = self.lens.backend.layer_weights(layer)
-            resid_pre, attn_out = Site("resid_pre", layer), Site("attn_out", layer)
-            if "norms" in self.frozen:
-                if weights.post_norm is not None or weights.mlp_post_norm is not None:
-                    raise InputError("freezing post-norms is not supported")
-                clean_mid = self.clean[resid_pre]
-                scale = weights.norm.scale(clean_mid)
-                hooks[resid_pre] = self._see(resid_pre)
-                hooks[Site("attn_in", layer)] = lambda _x, w=weights, s=scale, at=resid_pre: (
-                    w.norm.apply(self.seen[at], s)
-                )
-                if weights.mlp_norm is not None:
-                    if not g.parallel:
-                        clean_mid = clean_mid + self.clean[attn_out]
-                        hooks[attn_out] = self._see(attn_out)
-                    mlp_scale = weights.mlp_norm.scale(clean_mid)
-                    hooks[Site("mlp_in", layer)] = self._frozen_mlp_in(
-                        weights.mlp_norm, mlp_scale, layer
-                    )
             if "patterns" in self.frozen:
-                value = Site("v", layer)
-                hooks[value] = self._see(value)
-                hooks[Site("z", layer)] = lambda _z, at=value, n=layer: mix_values(
-                    self.clean["pattern", n], self.seen[at]
-                )
+                v, pattern = self._watch("v", layer), self.clean["pattern", layer]
+                self.add("z", layer, steps.mix(self.seen, v, pattern))
+            if "norms" in self.frozen:
+                self._freeze_norms(layer, weights)
             if "attention" in self.frozen:
-                held = self._held_attention(weights, layer)
-                hooks[attn_out] = self._then(held, attn_out)
+                self.add("attn_out", layer, self._held_attention(weights, layer))
             if "mlp" in self.frozen and g.has_mlp:
-                hooks[Site("mlp_out", layer)] = lambda _x, n=layer: self.clean["mlp_out", n]
-            if layer in self.lens.dictionaries:
-                of_layer = [
-                    e
-                    for e in edits
-                    if isinstance(e, SetFeature | AblateFeature) and e.layer == layer
-                ]
-                if of_layer:
-                    site = Site("z", layer)
-                    hooks[site] = _chain(hooks.get(site), self._set_features(layer, of_layer))
+                self.add("mlp_out", layer, steps.constant(self.clean["mlp_out", layer]))
+            of_layer = [
+                e for e in edits if isinstance(e, SetFeature | AblateFeature) and e.layer == layer
+            ]
+            if of_layer:
+                self.add("z", layer, self._set_features(layer, of_layer))
         if "norms" in self.frozen:
-            norm = self.lens.backend.final_norm()
-            scale = norm.scale(self.clean["resid_final", -1])
-            last, site = g.n_layers - 1, Site("unembed_in")
             # The final residual is rebuilt from the live sites of the last layer.
-            for name in ("attn_out", "mlp_out")[: 1 + g.has_mlp]:
-                at = Site(name, last)
-                hooks[at] = _chain(hooks.get(at), self._see(at))
-            hooks[site] = lambda _x: norm.apply(self._final_residual(last), scale)
+            stream = self._stream(g.n_layers - 1, *["attn_out", "mlp_out"][: 1 + g.has_mlp])
+            clean = self.clean["resid_final", -1]
+            self._freeze_norm("unembed_in", -1, self.lens.backend.final_norm(), clean, stream)
         for edit in edits:
             if isinstance(edit, AddToStream):
-                site = Site(edit.site, -1 if edit.site == "embed" else edit.layer)
-                hooks[site] = _chain(hooks.get(site), self._add(edit), self._see(site))
-        return hooks
+                position = self.run.resolve_position(edit.position)
+                layer = -1 if edit.site == "embed" else edit.layer
+                self.add(edit.site, layer, steps.add(edit.vector, position))
+        for name, layer in self.watched:
+            self.add(name, layer, steps.see(self.seen, (name, layer)))
+        return {site: steps.chain(found) for site, found in self.steps.items()}
 
-    def _see(self, site: Site) -> SiteEdit:
-        def see(value: Tensor) -> Tensor:
-            self.seen[site] = value
-            return value
+    def add(self, name: str, layer: int, step: SiteEdit) -> None:
+        self.steps[Site(name, layer)].append(step)
 
-        return see
+    def _freeze_norms(self, layer: int, weights: LayerWeights) -> None:
+        """Hold the scales of a layer's norms, before and after its blocks."""
+        g, clean = self.lens.backend.geometry, self.clean
+        resid_pre = clean["resid_pre", layer]
+        self._freeze_norm("attn_in", layer, weights.norm, resid_pre, self._stream(layer))
+        if weights.post_norm is not None:
+            z = self._watch("z", layer)
+            raw = weights.attn_out(clean["z", layer].to(weights.W_O))
+            live = steps.projected(self.seen, z, weights.W_O, weights.b_O)
+            self._freeze_norm("attn_out", layer, weights.post_norm, raw, live)
+        if not g.has_mlp:
+            return
+        if weights.mlp_norm is not None and g.parallel:
+            self._freeze_norm("mlp_in", layer, weights.mlp_norm, resid_pre, self._stream(layer))
+        elif weights.mlp_norm is not None:
+            middle = resid_pre + clean["attn_out", layer]
+            stream = self._stream(layer, "attn_out")
+            self._freeze_norm("mlp_in", layer, weights.mlp_norm, middle, stream)
+        if weights.mlp_post_norm is not None:
+            raw = self._watch("mlp_raw", layer)
+            norm, value = weights.mlp_post_norm, clean["mlp_raw", layer]
+            self._freeze_norm("mlp_out", layer, norm, value, steps.stream(self.seen, [raw]))
 
-    def _then(self, edit: SiteEdit, site: Site) -> SiteEdit:
-        return _chain(edit, self._see(site))
+    def _freeze_norm(
+        self, name: str, layer: int, norm: Norm, clean: Tensor, live: Callable[[], Tensor]
+    ) -> None:
+        """Give ``name`` the norm of ``live()`` with the scale it had on ``clean``."""
+        if norm.kind == "none":
+            return
+        scale = norm.scale(clean.to(torch.promote_types(clean.dtype, torch.float32)))
+        step = steps.normalised(live, norm.kind == "layer", norm.weight, norm.bias, scale)
+        self.add(name, layer, step)
 
     def _held_attention(self, weights: LayerWeights, layer: int) -> SiteEdit:
         """What attention added in the clean run, and what the edits of this layer change in it."""
+        clean, norm, scale = self.clean["attn_out", layer], weights.post_norm, None
+        gain = None if norm is None else norm.weight
+        if norm is not None:
+            raw = weights.attn_out(self.clean["z", layer].to(weights.W_O))
+            scale = norm.scale(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        centred = norm is not None and norm.kind == "layer"
+        return steps.held_attention(clean, self.changed, layer, weights.W_O, centred, gain, scale)
 
-        def held(_x: Tensor) -> Tensor:
-            clean = self.clean["attn_out", layer]
-            if layer not in self.changed:
-                return clean
-            if weights.post_norm is not None:
-                raise InputError(
-                    "freezing attention while features are edited is not supported with post-norms"
-                )
-            change = self.changed[layer].flatten(-2).to(clean.dtype)
-            return clean + change @ weights.W_O.flatten(0, 1).to(clean.dtype)
+    def _stream(self, layer: int, *written: str) -> Callable[[], Tensor]:
+        """The live residual stream of a layer, after the blocks named."""
+        sites = [self._watch(name, layer) for name in ("resid_pre", *written)]
+        return steps.stream(self.seen, sites)
 
-        return held
-
-    def _frozen_mlp_in(self, norm: object, scale: Tensor, layer: int) -> SiteEdit:
-        def edit(_x: Tensor) -> Tensor:
-            x = self.seen[Site("resid_pre", layer)]
-            if not self.lens.backend.geometry.parallel:
-                x = x + self.seen[Site("attn_out", layer)]
-            return norm.apply(x, scale)  # type: ignore[attr-defined]
-
-        return edit
-
-    def _final_residual(self, last: int) -> Tensor:
-        x = self.seen[Site("resid_pre", last)] + self.seen[Site("attn_out", last)]
-        return x + self.seen[Site("mlp_out", last)] if self.lens.backend.geometry.has_mlp else x
-
-    def _add(self, edit: AddToStream) -> SiteEdit:
-        position = self.run.resolve_position(edit.position)
-
-        def add(value: Tensor) -> Tensor:
-            value = value.clone()
-            value[:, position] += edit.vector.to(value)
-            return value
-
-        return add
+    def _watch(self, name: str, layer: int) -> tuple[str, int]:
+        self.watched.add((name, layer))
+        return name, layer
 
     def _set_features(self, layer: int, edits: Sequence[SetFeature | AblateFeature]) -> SiteEdit:
-        dictionary = self.lens.dictionaries[layer]
-
-        def splice(z: Tensor) -> Tensor:
-            dtype = z.dtype if z.dtype == torch.float64 else torch.float32
-            work = z.to(dtype, copy=True)
-            for prompt in work:
-                encoded = dictionary.encode(prompt)
-                live, wanted = {}, {}
-                for edit in edits:  # a later edit of the same feature wins
-                    if edit.feature not in live:
-                        hit = encoded.feature == edit.feature
-                        at = torch.zeros(len(prompt), dtype=dtype, device=z.device)
-                        at[encoded.position[hit]] = encoded.activation[hit]
-                        live[edit.feature], wanted[edit.feature] = at, at.clone()
-                    where = (
-                        slice(None)
-                        if edit.position is None
-                        else self.run.resolve_position(edit.position)
-                    )
-                    wanted[edit.feature][where] = edit.value
-                for feature, at in live.items():
-                    row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
-                    delta = (wanted[feature] - at) * encoded.scale[:, 0]
-                    prompt += delta[:, None, None] * row
-            self.changed[layer] = work - z
-            return work.to(z.dtype)
-
-        return splice
-
-
-def _chain(*edits: SiteEdit | None) -> SiteEdit:
-    steps = [edit for edit in edits if edit is not None]
-
-    def run(value: Tensor) -> Tensor:
-        for step in steps:
-            value = step(value)
-        return value
-
-    return run
+        dtype = torch.promote_types(self.lens.backend.geometry.dtype, torch.float32)
+        resolve = self.run.resolve_position
+        plain = [
+            (e.feature, None if e.position is None else resolve(e.position), float(e.value))
+            for e in edits
+        ]
+        return steps.set_features(self.lens.dictionaries[layer], plain, dtype, self.changed)
