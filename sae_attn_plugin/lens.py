@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sae_attn_plugin.attribution.dfa import DFA, direct_feature_attribution
 from sae_attn_plugin.attribution.frozen import FrozenRun, freeze
-from sae_attn_plugin.attribution.rdfa import FeatureRoot, edges_by_head, sweep
+from sae_attn_plugin.attribution.rdfa import edges_by_head, sweep
 from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
 from sae_attn_plugin.attribution.table import Attribution
 from sae_attn_plugin.attribution.writers import WriterTable, write_table
@@ -386,7 +386,7 @@ class Run:
         number = single_token(self.lens.tokenizer, token, d_vocab)
         return number, quote(token_label(self.lens.tokenizer, number, d_vocab))
 
-    def _resolve(self, target: Target) -> tuple[Node, StreamReader | FeatureRoot]:
+    def _resolve(self, target: Target) -> tuple[Node, StreamReader | Feature]:
         run = self.frozen
         if isinstance(target, Feature):
             layer, position = (
@@ -395,7 +395,7 @@ class Run:
             )
             feature = self.resolve_feature(layer, target.feature)
             node = Node("attn", position, layer=layer, feature=feature)
-            return node, FeatureRoot(layer, feature, position)
+            return node, Feature(layer, feature, position)
         if not isinstance(target, Logit | LogitDiff | Direction):
             raise InputError(
                 f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"

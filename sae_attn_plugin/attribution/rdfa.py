@@ -17,19 +17,11 @@ from torch import Tensor
 from sae_attn_plugin.attribution.frozen import FrozenRun
 from sae_attn_plugin.attribution.readers import StreamReader, feature_readers
 from sae_attn_plugin.attribution.writers import WriterTable
+from sae_attn_plugin.nodes import Feature
 
 # Source positions whose readers are formed together: enough for a good matrix product, few enough
 # that the block stays in cache.
 _BLOCK = 8
-
-
-@dataclass(frozen=True)
-class FeatureRoot:
-    """A feature asked for as a target, active or not."""
-
-    layer: int
-    feature: int
-    position: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,7 @@ class _Rows:
 def sweep(
     run: FrozenRun,
     writers: WriterTable,
-    roots: Sequence[StreamReader | FeatureRoot],
+    roots: Sequence[StreamReader | Feature],
     root_weights: Sequence[float],
     *,
     node_budget: int | None = None,
@@ -178,7 +170,7 @@ def sweep(
         wanted = {
             number: root
             for number, root in zip(numbers, roots, strict=True)
-            if isinstance(root, FeatureRoot) and root.layer == layer
+            if isinstance(root, Feature) and root.layer == layer
         }
         chosen = _select(writers, influence, layer, remaining, numbers)
         if remaining is not None:
@@ -207,12 +199,12 @@ def sweep(
     return rows.finish(numbers, root_weight, influence.numpy(force=True))
 
 
-def _number_roots(writers: WriterTable, roots: Sequence[StreamReader | FeatureRoot]) -> list[int]:
+def _number_roots(writers: WriterTable, roots: Sequence[StreamReader | Feature]) -> list[int]:
     """Node numbers of the roots: their writer's row where they are active features."""
     numbers, extra = [], len(writers)
     for root in roots:
         row = np.array([], dtype=np.int64)
-        if isinstance(root, FeatureRoot):
+        if isinstance(root, Feature):
             of_layer = writers.features_of(root.layer)
             same = (writers.index[of_layer] == root.feature) & (
                 writers.position[of_layer] == root.position

@@ -27,11 +27,11 @@ from sae_attn_plugin.backends.architectures import (
 )
 from sae_attn_plugin.backends.protocol import (
     LAYER_SITES,
-    READ_ONLY_SITES,
     Edit,
     LayerWeights,
     Norm,
     Site,
+    check_editable,
     self_check,
 )
 from sae_attn_plugin.backends.walk import fetch, submodule, walk
@@ -113,8 +113,7 @@ class HuggingFaceBackend:
         reads: Iterable[Site] = (),
     ) -> dict[Site, Tensor]:
         edits, reads = dict(edits or {}), set(reads)
-        if refused := [str(site) for site in edits if site.name in READ_ONLY_SITES]:
-            raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
+        check_editable(edits)
         wanted = reads | set(edits)
         with self._lock:
             found = self._trace(tokens, wanted, edits, reads)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_attn_plugin.errors import BackendError
+from sae_attn_plugin.errors import BackendError, InputError
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -227,6 +227,12 @@ class Backend(Protocol):
         what an earlier one has seen. ``Site("logits")`` is always in the result.
         """
         ...
+
+
+def check_editable(edits: Iterable[Site]) -> None:
+    """Refuse edits of sites that can only be read."""
+    if refused := [str(site) for site in edits if site.name in READ_ONLY_SITES]:
+        raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
 
 
 def capture_sites(geometry: Geometry) -> list[Site]:

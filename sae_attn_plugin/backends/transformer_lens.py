@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sae_attn_plugin.backends.architectures import Architecture, find_architecture, read_norm
 from sae_attn_plugin.backends.protocol import (
-    READ_ONLY_SITES,
     Edit,
     Geometry,
     LayerWeights,
     Norm,
     Site,
+    check_editable,
     self_check,
 )
 from sae_attn_plugin.errors import BackendError, InputError, UnsupportedError
@@ -261,8 +261,7 @@ class TransformerLensBackend:
     ) -> dict[Site, Tensor]:
         edits = dict(edits or {})
         wanted = set(reads) | set(edits)
-        if refused := [str(site) for site in edits if site.name in READ_ONLY_SITES]:
-            raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
+        check_editable(edits)
         found: dict[Site, Tensor] = {}
 
         def visit(value: Tensor, site: Site) -> Tensor | None:
