@@ -154,7 +154,7 @@ def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
     vectors = vectors[torch.from_numpy(order).to(vectors.device)]
     if run.normalization == "layer":
         # Centring is symmetric, so it moves from every reader to the writers, once.
-        vectors = vectors - vectors.mean(-1, keepdim=True)
+        vectors -= vectors.mean(-1, keepdim=True)
     position = position[order]
     return WriterTable(
         vectors=vectors,
