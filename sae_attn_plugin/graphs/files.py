@@ -23,39 +23,52 @@ VERSION = 1
 _RESERVED = {"node": {"id"}, "edge": {"source", "target", "key"}}
 
 
-def save(graph: nx.DiGraph, path: str | Path) -> None:
-    """Write an attribution graph to a file; :func:`load` gives it back exactly.
+def save(graph: nx.DiGraph, path: str | Path, *, format: str | None = None, **options: Any) -> None:
+    """Write an attribution graph to a file; the same graph gives the same bytes.
 
-    The ending of the path picks the format: ``.json`` is networkx' node-link JSON with a format
-    marker, keys sorted and one node or edge a line. The same graph gives the same bytes.
+    =================  ============  ================================================  ============
+    ``format``         ending        what it is                                        :func:`load`
+    =================  ============  ================================================  ============
+    ``"json"``         ``.json``     networkx' node-link JSON with a format marker     exact
+    ``"neuronpedia"``  ``.json``     graph JSON of Neuronpedia and circuit-tracer      no
+    =================  ============  ================================================  ============
 
     Args:
         graph: a ``DiGraph`` or ``MultiDiGraph`` whose nodes are node ids. Attributes may be
             strings, finite numbers, booleans, None, and lists and dicts of these.
         path: the file; an existing one is replaced only once the new one is complete.
+        format: a name from the table. None: by the ending of the path, and ``"json"`` for
+            ``.json``.
+        options: of the format ``"neuronpedia"``, see
+            :func:`~sae_attn_plugin.graphs.neuronpedia.to_neuronpedia`: ``slug``, ``scan``,
+            ``source_set``, ``no_feature``, ``create_time_ms``.
 
     Raises:
-        InputError: unknown ending, or something in the graph the format cannot hold, named.
+        InputError: unknown format, ending or option, or something in the graph that the format
+            cannot hold, named.
         FileError: the file cannot be written.
     """
-    data = _format_of(path).write(graph)
+    data = _format_of(path, format, options).write(graph, **options)
     write_atomically(path, lambda file: file.write(data))
 
 
 def load(path: str | Path) -> nx.DiGraph:
     """Read a graph that :func:`save` wrote: a ``DiGraph`` or ``MultiDiGraph``.
 
+    The ending of the path picks the format. Formats of others are written only.
+
     Raises:
         InputError: unknown ending.
         FileError: missing, foreign, damaged, or written by a newer version; says where and what.
     """
-    file_format = _format_of(path)
+    read = _format_of(path).read
+    assert read is not None  # what an ending alone picks can be read
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return file_format.read(data)
+        return read(data)
     except _Damaged as error:
         raise FileError(f"cannot load {path}: {error}") from error.__cause__
 
@@ -67,17 +80,45 @@ class _Damaged(Exception):
 # -- node-link JSON ------------------------------------------------------------------------------
 
 
-def _write_json(graph: nx.DiGraph) -> bytes:
+def checked(graph: nx.DiGraph, what: str) -> nx.DiGraph:
+    """A copy of a sound graph whose attributes are plain Python; ``what`` it is to be saved as.
+
+    Raises:
+        InputError: no attribution graph, or an attribute that no file could give back.
+    """
+    return _graph_of(_document(graph, what))
+
+
+def _document(graph: nx.DiGraph, what: str) -> dict[str, Any]:
+    """Node-link data of a sound graph."""
     import networkx as nx  # late: the package imports this file, and should cost little
 
     if not isinstance(graph, nx.DiGraph):  # MultiDiGraph is one
         raise InputError(f"expected a DiGraph or MultiDiGraph, got {type(graph).__name__}")
     try:
         _check_graph(graph)
-        data = _plain(nx.node_link_data(graph, edges="edges"), "graph")
+        return _plain(nx.node_link_data(graph, edges="edges"), "graph")
     except _Damaged as error:
-        raise InputError(f"the graph cannot be saved as JSON: {error}") from None
-    data |= {"format": FORMAT, "version": VERSION}
+        raise InputError(f"the graph cannot be saved as {what}: {error}") from None
+
+
+def _graph_of(document: dict[str, Any]) -> nx.DiGraph:
+    import networkx as nx
+
+    return nx.node_link_graph(document, edges="edges")
+
+
+def _write_json(graph: nx.DiGraph) -> bytes:
+    return _dump_document(_document(graph, "JSON") | {"format": FORMAT, "version": VERSION})
+
+
+def _write_neuronpedia(graph: nx.DiGraph, **options: Any) -> bytes:
+    from sae_attn_plugin.graphs.neuronpedia import to_neuronpedia
+
+    return _dump_document(to_neuronpedia(graph, **options))
+
+
+def _dump_document(data: dict[str, Any]) -> bytes:
     fields = ",\n".join(f'"{key}": {_dump(data[key])}' for key in sorted(data))
     return f"{{\n{fields}\n}}\n".encode("ascii")
 
@@ -116,8 +157,6 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _read_json(data: bytes) -> nx.DiGraph:
-    import networkx as nx
-
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -128,6 +167,8 @@ def _read_json(data: bytes) -> nx.DiGraph:
         ) from error
     except RecursionError:
         raise _Damaged("nested too deeply") from None
+    if isinstance(document, dict) and document.keys() >= {"metadata", "qParams", "links"}:
+        raise _Damaged("it is a graph for Neuronpedia; that format is written, not read")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise _Damaged(f'not a graph of this package: the marker "format": "{FORMAT}" is missing')
     version = document.get("version")
@@ -140,7 +181,7 @@ def _read_json(data: bytes) -> nx.DiGraph:
         )
     _check_document(document)
     _plain(document, "file")  # finite numbers: 1e999 is valid JSON
-    graph = nx.node_link_graph(document, edges="edges")
+    graph = _graph_of(document)
     _check_graph(graph)
     return graph
 
@@ -212,17 +253,42 @@ def _check_names(what: str, where: str, attributes: Mapping[Any, Any]) -> None:
 
 
 class _Format(NamedTuple):
-    write: Callable[[nx.DiGraph], bytes]
-    read: Callable[[bytes], nx.DiGraph]
+    ending: str
+    write: Callable[..., bytes]
+    read: Callable[[bytes], nx.DiGraph] | None = None
+    options: tuple[str, ...] = ()
 
 
-_FORMATS: dict[str, _Format] = {".json": _Format(_write_json, _read_json)}
+_FORMATS: dict[str, _Format] = {  # of those with the same ending, the first is its own
+    "json": _Format(".json", _write_json, _read_json),
+    "neuronpedia": _Format(
+        ".json",
+        _write_neuronpedia,
+        options=("slug", "scan", "source_set", "no_feature", "create_time_ms"),
+    ),
+}
 
 
-def _format_of(path: str | Path) -> _Format:
+def _format_of(
+    path: str | Path, name: str | None = None, options: Mapping[str, Any] | None = None
+) -> _Format:
     suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS:
+    if name is None:
+        name = next((key for key, known in _FORMATS.items() if known.ending == suffix), None)
+        if name is None:
+            endings = ", ".join(dict.fromkeys(known.ending for known in _FORMATS.values()))
+            raise InputError(
+                f"the ending of {str(path)!r} names no known graph format; known: {endings}"
+            )
+    if name not in _FORMATS:
+        raise InputError(f"unknown graph format {name!r}; known: {', '.join(_FORMATS)}")
+    chosen = _FORMATS[name]
+    if suffix != chosen.ending:
         raise InputError(
-            f"the ending of {str(path)!r} names no known graph format; known: {', '.join(_FORMATS)}"
+            f"a graph of the format {name!r} goes to a path that ends in {chosen.ending}, got "
+            f"{str(path)!r}"
         )
-    return _FORMATS[suffix]
+    if unknown := sorted(set(options or ()) - set(chosen.options)):
+        known = ", ".join(chosen.options) or "none"
+        raise InputError(f"the format {name!r} has no option {unknown[0]!r}; its options: {known}")
+    return chosen
