@@ -30,6 +30,7 @@ def save(graph: nx.DiGraph, path: str | Path, *, format: str | None = None, **op
     ``format``         ending        what it is                                        :func:`load`
     =================  ============  ================================================  ============
     ``"json"``         ``.json``     networkx' node-link JSON with a format marker     exact
+    ``"graphml"``      ``.graphml``  GraphML, for yEd, Gephi, Cytoscape and igraph     exact
     ``"neuronpedia"``  ``.json``     graph JSON of Neuronpedia and circuit-tracer      no
     =================  ============  ================================================  ============
 
@@ -69,15 +70,15 @@ def load(path: str | Path) -> nx.DiGraph:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     try:
         return read(data)
-    except _Damaged as error:
+    except Damaged as error:
         raise FileError(f"cannot load {path}: {error}") from error.__cause__
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """What is wrong with a graph or a file; the caller knows which of the two it holds."""
 
 
-# -- node-link JSON ------------------------------------------------------------------------------
+# -- node-link JSON, and what every format shares ------------------------------------------------
 
 
 def checked(graph: nx.DiGraph, what: str) -> nx.DiGraph:
@@ -86,11 +87,11 @@ def checked(graph: nx.DiGraph, what: str) -> nx.DiGraph:
     Raises:
         InputError: no attribution graph, or an attribute that no file could give back.
     """
-    return _graph_of(_document(graph, what))
+    return _build(node_link(graph, what))
 
 
-def _document(graph: nx.DiGraph, what: str) -> dict[str, Any]:
-    """Node-link data of a sound graph."""
+def node_link(graph: nx.DiGraph, what: str) -> dict[str, Any]:
+    """Node-link data of a sound graph, all of it new; raises as :func:`checked` does."""
     import networkx as nx  # late: the package imports this file, and should cost little
 
     if not isinstance(graph, nx.DiGraph):  # MultiDiGraph is one
@@ -98,24 +99,30 @@ def _document(graph: nx.DiGraph, what: str) -> dict[str, Any]:
     try:
         _check_graph(graph)
         return _plain(nx.node_link_data(graph, edges="edges"), "graph")
-    except _Damaged as error:
+    except Damaged as error:
         raise InputError(f"the graph cannot be saved as {what}: {error}") from None
 
 
-def _graph_of(document: dict[str, Any]) -> nx.DiGraph:
-    import networkx as nx
-
-    return nx.node_link_graph(document, edges="edges")
-
-
 def _write_json(graph: nx.DiGraph) -> bytes:
-    return _dump_document(_document(graph, "JSON") | {"format": FORMAT, "version": VERSION})
+    return _dump_document(node_link(graph, "JSON") | {"format": FORMAT, "version": VERSION})
 
 
 def _write_neuronpedia(graph: nx.DiGraph, **options: Any) -> bytes:
     from sae_attn_plugin.graphs.neuronpedia import to_neuronpedia
 
     return _dump_document(to_neuronpedia(graph, **options))
+
+
+def _write_graphml(graph: nx.DiGraph) -> bytes:
+    from sae_attn_plugin.graphs import graphml
+
+    return graphml.write(graph)
+
+
+def _read_graphml(data: bytes) -> nx.DiGraph:
+    from sae_attn_plugin.graphs import graphml
+
+    return graphml.read(data)
 
 
 def _dump_document(data: dict[str, Any]) -> bytes:
@@ -140,7 +147,7 @@ def _plain(value: Any, where: str) -> Any:
     if type(value).__module__ == "numpy" and hasattr(value, "item") and value.ndim == 0:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        raise _Damaged(f"{where} is {value}; numbers must be finite")
+        raise Damaged(f"{where} is {value}; numbers must be finite")
     if value is None or isinstance(value, str | int | float):
         return value
     if type(value) is list:
@@ -148,9 +155,9 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise _Damaged(f"{where} has the key {key!r}; keys must be strings")
+                raise Damaged(f"{where} has the key {key!r}; keys must be strings")
         return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    raise _Damaged(
+    raise Damaged(
         f"{where} is a {type(value).__name__}; expected a string, a number, a boolean, None, or a "
         "list or dict of these"
     )
@@ -158,36 +165,66 @@ def _plain(value: Any, where: str) -> Any:
 
 def _read_json(data: bytes) -> nx.DiGraph:
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
-        raise _Damaged(f"not a text file (byte {error.start})") from error
+        raise Damaged(f"not a text file (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise _Damaged(
+        raise Damaged(
             f"not valid JSON, or cut short: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
     except RecursionError:
-        raise _Damaged("nested too deeply") from None
+        raise Damaged("nested too deeply") from None
     if isinstance(document, dict) and document.keys() >= {"metadata", "qParams", "links"}:
-        raise _Damaged("it is a graph for Neuronpedia; that format is written, not read")
+        raise Damaged("it is a graph for Neuronpedia; that format is written, not read")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise _Damaged(f'not a graph of this package: the marker "format": "{FORMAT}" is missing')
-    version = document.get("version")
+        raise Damaged(f'not a graph of this package: the marker "format": "{FORMAT}" is missing')
+    check_version(document.get("version"))
+    return graph_of(document)
+
+
+def check_version(version: Any) -> None:
+    """Whether this release reads that version of its own files."""
     if type(version) is not int or version < 1:
-        raise _Damaged(f"its version is {version!r}; expected a number")
+        raise Damaged(f"its version is {version!r}; expected a number")
     if version > VERSION:
-        raise _Damaged(
+        raise Damaged(
             f"it has format version {version}, and this release reads up to {VERSION}; upgrade "
             "sae-attn-plugin"
         )
+
+
+def graph_of(document: dict[str, Any]) -> nx.DiGraph:
+    """The graph of node-link data from a file, of which nothing is known yet."""
     _check_document(document)
     _plain(document, "file")  # finite numbers: 1e999 is valid JSON
-    graph = _graph_of(document)
+    graph = _build(document)
     _check_graph(graph)
     return graph
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise _Damaged(f"it holds {name}; numbers must be finite")
+def _build(document: dict[str, Any]) -> nx.DiGraph:
+    """As networkx' node_link_graph, which trips over attributes named as its parameters are."""
+    import networkx as nx
+
+    graph: Any = nx.MultiDiGraph() if document["multigraph"] else nx.DiGraph()
+    graph.graph.update(document["graph"])
+    for node in document["nodes"]:
+        graph.add_node(node["id"])
+        graph.nodes[node["id"]].update(_without(node, "id"))
+    names = ("source", "target", "key") if document["multigraph"] else ("source", "target")
+    for edge in document["edges"]:
+        place = tuple(edge[name] for name in names)
+        graph.add_edge(*place)
+        graph.edges[place].update(_without(edge, *names))
+    return graph
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in names}
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise Damaged(f"it holds {name}; numbers must be finite")
 
 
 def _check_document(document: dict[str, Any]) -> None:
@@ -195,15 +232,15 @@ def _check_document(document: dict[str, Any]) -> None:
     expected = {"directed": bool, "multigraph": bool, "graph": dict, "nodes": list, "edges": list}
     for name, kind in expected.items():
         if type(document.get(name)) is not kind:
-            raise _Damaged(f"{name!r} is missing or no {kind.__name__}")
+            raise Damaged(f"{name!r} is missing or no {kind.__name__}")
     if not document["directed"]:
-        raise _Damaged("the graph is not directed")
+        raise Damaged("the graph is not directed")
     known: set[str] = set()
     for i, node in enumerate(document["nodes"]):
         if not isinstance(node, dict) or not isinstance(node.get("id"), str):
-            raise _Damaged(f"nodes[{i}] has no id")
+            raise Damaged(f"nodes[{i}] has no id")
         if node["id"] in known:
-            raise _Damaged(f"nodes[{i}] repeats {node['id']!r}")
+            raise Damaged(f"nodes[{i}] repeats {node['id']!r}")
         known.add(node["id"])
     seen: set[tuple[Any, ...]] = set()
     names = ("source", "target", "key") if document["multigraph"] else ("source", "target")
@@ -211,42 +248,42 @@ def _check_document(document: dict[str, Any]) -> None:
         if not isinstance(edge, dict) or any(
             not isinstance(edge.get(name), str | int) for name in names
         ):
-            raise _Damaged(f"edges[{i}] lacks one of {', '.join(names)}")
+            raise Damaged(f"edges[{i}] lacks one of {', '.join(names)}")
         for name in ("source", "target"):
             if edge[name] not in known:
-                raise _Damaged(f"edges[{i}]: its {name} {edge[name]!r} is not among the nodes")
+                raise Damaged(f"edges[{i}]: its {name} {edge[name]!r} is not among the nodes")
         place = tuple(edge[name] for name in names)
         if place in seen:
-            raise _Damaged(f"edges[{i}] repeats {' -> '.join(map(str, place[:2]))}")
+            raise Damaged(f"edges[{i}] repeats {' -> '.join(map(str, place[:2]))}")
         seen.add(place)
 
 
 def _check_graph(graph: nx.DiGraph) -> None:
     for name, attributes in graph.nodes(data=True):
         if not isinstance(name, str):
-            raise _Damaged(f"the node {name!r} is no node id")
+            raise Damaged(f"the node {name!r} is no node id")
         _check_names("node", repr(name), attributes)
         try:
             node = Node.parse(name)
         except InputError as error:
-            raise _Damaged(str(error)) from None
+            raise Damaged(str(error)) from None
         for field in ("kind", "layer", "position", "feature", "head"):
             if field in attributes and attributes[field] != getattr(node, field):
-                raise _Damaged(f"the node {name!r} has {field} {attributes[field]!r}")
+                raise Damaged(f"the node {name!r} has {field} {attributes[field]!r}")
     edges: Any = graph.edges  # called with keys only where the graph has them
     keys = {"keys": True} if graph.is_multigraph() else {}
     for source, target, *key, attributes in edges(data=True, **keys):
         where = f"the edge {source} -> {target}"
         if key and not isinstance(key[0], str | int):
-            raise _Damaged(f"{where} has the key {key[0]!r}; expected a string or a number")
+            raise Damaged(f"{where} has the key {key[0]!r}; expected a string or a number")
         _check_names("edge", where, attributes)
         if not isinstance(attributes.get("weight"), numbers.Real):
-            raise _Damaged(f"{where} has no weight")
+            raise Damaged(f"{where} has no weight")
 
 
 def _check_names(what: str, where: str, attributes: Mapping[Any, Any]) -> None:
     if taken := _RESERVED[what] & attributes.keys():
-        raise _Damaged(f"{where} has an attribute named {taken.pop()!r}, which the format needs")
+        raise Damaged(f"{where} has an attribute named {taken.pop()!r}, which the format needs")
 
 
 # -- formats -------------------------------------------------------------------------------------
@@ -261,6 +298,7 @@ class _Format(NamedTuple):
 
 _FORMATS: dict[str, _Format] = {  # of those with the same ending, the first is its own
     "json": _Format(".json", _write_json, _read_json),
+    "graphml": _Format(".graphml", _write_graphml, _read_graphml),
     "neuronpedia": _Format(
         ".json",
         _write_neuronpedia,
