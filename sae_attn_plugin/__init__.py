@@ -17,7 +17,7 @@ from sae_attn_plugin.graphs.files import load, save
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sae_attn_plugin import demo, nodes, training
+    from sae_attn_plugin import demo, nodes, tasks, training
     from sae_attn_plugin.attribution.dfa import DFA
     from sae_attn_plugin.attribution.table import Attribution
     from sae_attn_plugin.backends.architectures import Architecture, register_architecture
@@ -72,7 +72,7 @@ _PUBLIC = {
     "strongest_paths": "graphs.paths",
     "validate": "interventions.validate",
 }
-_MODULES = ("demo", "nodes", "training")
+_MODULES = ("demo", "nodes", "tasks", "training")
 
 __all__ = [  # noqa: RUF022 - the front door first
     "FeatureLens",
@@ -109,6 +109,7 @@ __all__ = [  # noqa: RUF022 - the front door first
     "FileError",
     "demo",
     "nodes",
+    "tasks",
     "training",
 ]
 
