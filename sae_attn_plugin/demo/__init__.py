@@ -2,10 +2,13 @@
 
 The model and an attention-z SAE for each of its layers ship with the package, so everything can be
 tried offline. ``docs/demo-model.md`` tells how they were made and what they reach.
+
+``demo.circuits`` holds models whose weights are written down, with the graphs they must have.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +16,19 @@ from sae_attn_plugin.registration import DEMO_MODEL_NAME
 
 if TYPE_CHECKING:
     from sae_attn_plugin.backends.loading import Host
+    from sae_attn_plugin.demo import circuits
     from sae_attn_plugin.lens import FeatureLens
 
-__all__ = ["MODEL_PATH", "SAES_PATH", "IOIPrompt", "ioi_prompt", "load", "load_model", "load_saes"]
+__all__ = [
+    "MODEL_PATH",
+    "SAES_PATH",
+    "IOIPrompt",
+    "circuits",
+    "ioi_prompt",
+    "load",
+    "load_model",
+    "load_saes",
+]
 
 MODEL_PATH = Path(__file__).parent / "model"
 SAES_PATH = Path(__file__).parent / "saes"
@@ -66,3 +79,9 @@ def load_saes() -> dict[str, Any]:
     from sae_attn_plugin.dictionaries import load_saes as load_any
 
     return load_any(SAES_PATH)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "circuits":  # on first use, since it needs torch and pandas
+        return importlib.import_module(f"{__name__}.circuits")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
