@@ -50,6 +50,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Format(str, Enum):
+    json = "json"
+    graphml = "graphml"
+    neuronpedia = "neuronpedia"
+
+
 app = typer.Typer(
     name="sae-attn",
     help="Exact attribution graphs of attention-SAE features.",
@@ -229,6 +235,39 @@ def graph(
         screen.paths("", result, target=first, n=5)
         screen.ledger(attribution)
         screen.written(result, *files)
+
+
+@app.command()
+def export(
+    graph: Annotated[Path, typer.Argument(help="A graph file, .json or .graphml.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    format: Annotated[
+        Format | None,
+        typer.Option(help="neuronpedia, json or graphml. Default: by the ending of OUT."),
+    ] = None,
+    slug: Annotated[str | None, typer.Option(help="neuronpedia: the graph's short name.")] = None,
+    scan: Annotated[
+        str | None, typer.Option(help="neuronpedia: the model's name on Neuronpedia.")
+    ] = None,
+    source_set: Annotated[
+        str | None,
+        typer.Option(help="neuronpedia: the features' source set there, such as att-kk."),
+    ] = None,
+    no_feature: Annotated[
+        int | None,
+        typer.Option(help="neuronpedia: number of error nodes, -1 for circuit-tracer's reader."),
+    ] = None,
+) -> None:
+    """A graph file in another format, for other programs and pages."""
+    with _session() as screen:
+        given = {"slug": slug, "scan": scan, "source_set": source_set, "no_feature": no_feature}
+        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        check_writable(out)
+        loaded = sap.load(graph)
+        if out.exists() and out.samefile(graph):
+            raise InputError(f"{str(out)!r} is the graph itself; expected another file to write")
+        sap.save(loaded, out, format=None if format is None else format.value, **options)
+        screen.written(loaded, out)
 
 
 # -- input ---------------------------------------------------------------------------------------

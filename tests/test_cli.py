@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import random_saes, tiny_gpt2, word_tokenizer
+from test_files import small_graph
 from typer.testing import CliRunner
 
 import sae_attn_plugin as sap
@@ -323,9 +324,67 @@ def test_demo_refuses(here: Path, arguments: list[str], message: str) -> None:
 # -- start-up ------------------------------------------------------------------------------------
 
 
+# -- export --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graph_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graphs") / "graph.json"
+    graph = small_graph()
+    graph.graph["tokens"] = ["a", " b"]
+    sap.save(graph, path)
+    return path
+
+
+def test_export_there_and_back(graph_file: Path, here: Path) -> None:
+    result = call("export", graph_file, "a.graphml")
+    assert result.exit_code == 0, result.stderr
+    assert "a.graphml" in result.stdout
+    assert call("export", "a.graphml", "b.json", "--format", "json").exit_code == 0
+    assert (here / "b.json").read_bytes() == graph_file.read_bytes()
+
+
+def test_export_for_neuronpedia(graph_file: Path, here: Path) -> None:
+    names = {"slug": "mine", "scan": "gpt2-small", "source-set": "att-kk", "no-feature": "-1"}
+    options = [item for name, value in names.items() for item in (f"--{name}", value)]
+    result = call("export", graph_file, "np.json", "--format", "neuronpedia", *options)
+    assert result.exit_code == 0, result.stderr
+    metadata = json.loads((here / "np.json").read_text(encoding="utf-8"))["metadata"]
+    assert (metadata["slug"], metadata["scan"]) == ("mine", "gpt2-small")
+    assert metadata["feature_details"] == {"neuronpedia_lorsa_source_set": "att-kk"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["GRAPH", "a.txt"], "names no known graph format; known: .json, .graphml"),
+        (["GRAPH", "a.graphml", "--format", "neuronpedia"], "ends in .json, got 'a.graphml'"),
+        (["GRAPH", "a.json", "--format", "pickle"], "'pickle' is not one of"),
+        (["GRAPH", "a.json", "--slug", "s"], "the format 'json' has no option 'slug'"),
+        (["GRAPH", "a.json", "--format", "neuronpedia"], "pass scan="),
+        (["GRAPH", "none/a.graphml"], "does not exist"),
+        (["GRAPH", "GRAPH", "--format", "neuronpedia"], "is the graph itself"),
+        (["none.json", "a.graphml"], "cannot read none.json: No such file"),
+        (["GRAPH.gz", "a.graphml"], "names no known graph format"),
+        (["GRAPH"], "Missing argument"),
+    ],
+)
+def test_export_refuses(graph_file: Path, here: Path, arguments: list[str], message: str) -> None:
+    before = graph_file.read_bytes()
+    given = [argument.replace("GRAPH", str(graph_file)) for argument in arguments]
+    check_refused(call("export", *given), here, message)
+    assert graph_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"metadata": {}, "qParams": {}, "links": []}'])
+def test_export_of_a_foreign_file(graph_file: Path, here: Path, data: bytes) -> None:
+    graph_file.write_bytes(data)
+    check_refused(call("export", graph_file, "a.graphml"), here, "cannot load")
+
+
 def test_version_and_help() -> None:
     assert call("--version").stdout == f"sae-attn {sap.__version__}\n"
-    for command in ([], ["demo"], ["graph"]):
+    for command in ([], ["demo"], ["graph"], ["export"]):
         assert call(*command, "--help").exit_code == 0
 
 

@@ -15,8 +15,8 @@ import sae_attn_plugin as sap
 AWKWARD: list[Any] = [
     "", " ", "  x\n", "\t", "\r", "\r\n", "\x00", "\x85", "\u2028", "\ufffe", "\ud83d",
     "\U0001f600", "json:", "json:1", 'json:"x"', "JSON:1", "<&>\"'", "]]>", "&#13;", "true", "1",
-    "nan", None, True, False, 0, -1, 2**63 - 1, -(2**63), 2**63, 10**30, 0.1, -0.0, 5e-324, 1e308, 1.0,
-    [], {}, [None, [True, {"a": 1.0, "\ud83d": []}]], {"json:": "json:"},
+    "nan", None, True, False, 0, -1, 2**63 - 1, -(2**63), 2**63, 10**30, 0.1, -0.0, 5e-324, 1e308,
+    1.0, [], {}, [None, [True, {"a": 1.0, "\ud83d": []}]], {"json:": "json:"},
 ]  # fmt: skip
 NAMES = (
     "id", "key", "json:", "json:x", "", " ", "a\tb", "\r", "\ud83d", "<", "node_default",
