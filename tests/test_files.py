@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ def test_numpy_numbers_are_stored_as_numbers(tmp_path: Path) -> None:
     loaded = sap.load(tmp_path / "a.json").nodes["embed@0"]
     assert (loaded["a"], loaded["b"], loaded["c"]) == (3, float(np.float32(0.1)), True)
     assert loaded["c"] is True
+
+
+class Word(str):
+    """A string that knows more, as the demo's prompts do."""
+
+
+class Level(float, Enum):
+    low = 0.5
+
+
+@pytest.mark.parametrize("ending", ["json", "graphml"])
+def test_of_what_is_more_than_a_string_or_number_that_is_stored(
+    tmp_path: Path, ending: str
+) -> None:
+    graph = small_graph()
+    graph.graph.update(prompt=Word("a"), level=Level.low, both=[Word("b")])
+    sap.save(graph, tmp_path / f"a.{ending}")
+    loaded = sap.load(tmp_path / f"a.{ending}").graph
+    assert (loaded["prompt"], loaded["level"], loaded["both"]) == ("a", 0.5, ["b"])
 
 
 def break_node(graph: Any, **attributes: Any) -> None:
