@@ -22,6 +22,7 @@ from sae_attn_plugin.tasks import (
     ioi_scores,
     kl_divergence,
     logit_difference,
+    metrics,
     probability,
     recovered_fraction,
 )
@@ -123,6 +124,22 @@ def test_head_scores_by_hand(geometry: Any, batch_size: int) -> None:
             }
             assert found.loc[(layer, head)].to_dict() == pytest.approx(expected, abs=1e-6)
     assert max(played.calls) == min(2, batch_size)
+
+
+def test_batches_fit_the_memory(geometry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [[9, 3, 4, 3, token] for token in range(10, 30)]
+    data = InductionDataset.from_text(rows)
+    patterns = {tuple(row): torch.full((2, 3, 5, 5), row[-1] / 30) for row in rows}
+    row_bytes = 4 * 5 * (500 + 2 * 3 * 5)
+    monkeypatch.setattr(metrics, "_MEMORY", 7 * row_bytes)
+    played = Played(geometry, patterns)
+    found = head_scores(played, data)
+    assert played.calls == [7, 7, 6]
+    assert found.to_numpy() == pytest.approx(19.5 / 30)
+    monkeypatch.setattr(metrics, "_MEMORY", 1)
+    played = Played(geometry, patterns)
+    pd.testing.assert_frame_equal(head_scores(played, data), found)
+    assert set(played.calls) == {1}
 
 
 def test_scores_on_ioi_roles(lenses: dict[str, sap.FeatureLens], geometry: Any) -> None:

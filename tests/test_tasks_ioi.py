@@ -260,6 +260,10 @@ def test_groups_are_rectangles() -> None:
         ("Then {A} and {B} left, {S} gave it to ", "must end with"),
         ("{A} and {B} left, {S} gave it to", "follow a space"),
         ("Then {A and {B} left", "not a template"),
+        ("Then {A} and {B} left, {S} gave {} to", "unknown slots"),
+        ("Then {A} and {B!r} left, {S} gave it to", "unknown slots"),
+        ("Then {A}{{ and {B} left, {S} gave it to", "must stand between"),
+        ("", "it has the roles"),
     ],
 )
 def test_templates_without_the_roles(template: str, message: str) -> None:

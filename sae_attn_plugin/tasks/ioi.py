@@ -90,7 +90,11 @@ class IOISample:
         return self.spans()[0]
 
     def spans(self) -> tuple[str, dict[str, int]]:
-        """The text, and where IO, S1, S2 and AND end in it, in characters."""
+        """The text, and where IO, S1, S2 and AND end in it, in characters.
+
+        Raises:
+            InputError: a clause, but no mark between the pair and the subject to put it before.
+        """
         first, second = ("IO", "S1") if self.order == "ABBA" else ("S1", "IO")
         roles = {"A": first, "B": second, "S": "S2"}
         words = {"IO": self.io, "S1": self.s1, "S2": self.s2}
@@ -105,6 +109,11 @@ class IOISample:
             elif clause and (mark := _MARK.search(literal)):
                 literal = literal[: mark.start()] + clause + literal[mark.start() :]
                 clause = ""
+            if clause and slot == "S":
+                raise InputError(
+                    f"a clause needs a comma or stop between the pair and {{S}} to stand before; "
+                    f"{self.template!r} has none"
+                )
             text += literal
             if slot in roles:
                 text += words[roles[slot]]
@@ -146,7 +155,8 @@ class IOIDataset:
             ``groups()`` gives rectangles of equal length without padding, which is what the metrics
             run.
         positions: role (:data:`ROLES`) to its position ``[n]``, BOS counted.
-        correct, wrong: ``[n]`` token ids of the names in the roles IO and S1.
+        correct, wrong: ``[n]`` token ids of the names in the roles IO and S1 of these prompts. (A
+            clean run that is patched from a counterpart is scored with the clean ones.)
         clean: of a counterpart, the dataset it was made from at first; None of that one itself.
         change: what made a counterpart, ``"clean"`` otherwise.
 
@@ -182,7 +192,8 @@ class IOIDataset:
             _check_template(template)
         if prepend_bos is None:
             prepend_bos = own_convention(tokenizer)
-        kept, no_names = _split(names, lambda name: _name_id(tokenizer, name) is not None)
+        ids = {name: _name_id(tokenizer, name) for name in dict.fromkeys(names)}
+        kept, no_names = _split(names, lambda name: ids[name] is not None)
         if len(kept) < _FEWEST_NAMES:
             raise InputError(
                 f"{len(kept)} of {len(kept) + len(no_names)} names are one token in running text "
@@ -226,6 +237,7 @@ class IOIDataset:
             )
         self.tokenizer, self.seed, self.prepend_bos = tokenizer, seed, prepend_bos
         self.names = kept
+        self._name_ids = {name: number for name, number in ids.items() if number is not None}
         self.dropped = Dropped(no_names, no_templates, no_places, no_objects)
         self.clean: IOIDataset | None = None
         self.change = "clean"
@@ -309,12 +321,6 @@ class IOIDataset:
             InputError: a template without a mark between the pair and the subject.
         """
         clause = f" {_words(clause, 'clause')}"
-        for template in sorted({s.template for s in self.samples}):
-            if not _has_mark(template):
-                raise InputError(
-                    f"with_inserted_clause() needs a comma or stop between the pair and {{S}}; "
-                    f"{template!r} has none"
-                )
         return self._counterpart(
             "inserted clause", [replace(s, clause=s.clause + clause) for s in self.samples]
         )
@@ -374,7 +380,7 @@ class IOIDataset:
         found = [self._encode(sample) for sample in self.samples]
         self.rows = pad([ids for ids, _ in found], padding_id(self.tokenizer))
         self.positions = {role: torch.tensor([at[role] for _, at in found]) for role in ROLES}
-        ids = {name: _name_id(self.tokenizer, name) for name in self.names}
+        ids = self._name_ids
         self.correct = torch.tensor([ids[s.io] for s in self.samples])
         self.wrong = torch.tensor([ids[s.s1] for s in self.samples])
 
@@ -388,7 +394,7 @@ class IOIDataset:
             at[role] = len(beginning) - 1
             as_expected = ids[: len(beginning)] == beginning
             if role in names:
-                as_expected &= beginning[-1] == _name_id(self.tokenizer, names[role])
+                as_expected &= beginning[-1] == self._name_ids[names[role]]
             if not as_expected:
                 raise InputError(
                     f"the tokenizer splits {text!r} so that {role} ({text[:end].split()[-1]!r}) is "
@@ -401,6 +407,7 @@ class IOIDataset:
         other = object.__new__(IOIDataset)
         other.tokenizer, other.seed, other.prepend_bos = self.tokenizer, self.seed, self.prepend_bos
         other.names, other.dropped = self.names, self.dropped
+        other._name_ids = self._name_ids
         other.clean = self.clean or self
         other.change = change if self.clean is None else f"{self.change}, {change}"
         other._fill(samples)
@@ -426,9 +433,14 @@ class IOIDataset:
 def _pieces(template: str) -> list[tuple[str, str]]:
     """``(literal text, name of the slot after it or "")``."""
     try:
-        return [(text, slot or "") for text, slot, _, _ in string.Formatter().parse(template)]
+        parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"not a template: {template!r}: {error}") from None
+    # A conversion or format makes another slot of it: there is no use for either.
+    return [
+        (text, "" if slot is None else f"{slot or '{}'}{how or ''}{to or ''}")
+        for text, slot, to, how in parsed
+    ]
 
 
 def _check_template(template: str) -> None:
@@ -436,18 +448,18 @@ def _check_template(template: str) -> None:
     if not isinstance(template, str):
         raise InputError(f"a template must be a string, got {template!r}")
     pieces = _pieces(template)
-    slots = [slot for _, slot in pieces if slot]
+    slots = [slot for _, slot in pieces]
     roles = [slot for slot in slots if slot in ("A", "B", "S")]
     why = None
-    if unknown := sorted(set(slots) - {"A", "B", "S", "PLACE", "OBJECT"}):
+    if unknown := sorted(set(slots) - {"", "A", "B", "S", "PLACE", "OBJECT"}):
         why = f"unknown slots {unknown}"
     elif roles != ["A", "B", "S"]:
         why = f"it has the roles {roles}"
-    elif (" and ", "B") not in pieces or slots.index("B") != slots.index("A") + 1:
+    elif pieces[slots.index("A") + 1] != (" and ", "B"):
         why = "' and ' must stand between {A} and {B}"
     elif any(not text.endswith(" ") for text, slot in pieces if slot in ("A", "S")):
         why = "names must follow a space"
-    elif template.rstrip() != template or pieces[-1][1] == "S":
+    elif template.rstrip() != template or slots[-1] == "S":
         why = "it must end with the word before the indirect object"
     if why is not None:
         raise InputError(
@@ -455,11 +467,6 @@ def _check_template(template: str) -> None:
             "once, then '{S}' once, then the words up to the indirect object; {PLACE} and {OBJECT} "
             "where wanted"
         )
-
-
-def _has_mark(template: str) -> bool:
-    """Whether a comma or stop stands between the pair and the subject."""
-    return _MARK.search(template.split("{B}")[1].split("{S}")[0]) is not None
 
 
 def _words(text: str, what: str) -> str:

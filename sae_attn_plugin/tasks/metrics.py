@@ -7,7 +7,7 @@ forward pass and nothing is padded, so each gets the numbers it gets alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ __all__ = [
     "probability",
     "recovered_fraction",
 ]
+
+_MEMORY = 512 * 2**20  # bytes that come back from one forward pass, unless a row takes more
 
 
 # Functions of tensors ------------------------------------------------------------------------
@@ -154,23 +156,29 @@ class TaskScores:
         )
 
 
-def end_logits(model: Any, dataset: IOIDataset, batch_size: int = 32) -> Float[Tensor, "n d_vocab"]:
+def end_logits(
+    model: Any, dataset: IOIDataset, batch_size: int | None = None
+) -> Float[Tensor, "n d_vocab"]:
     """Logits at the last token of every prompt, as the model returns them.
+
+    Args:
+        batch_size: prompts per forward pass at most; None: so many that the logits take about half
+            a gigabyte.
 
     Raises:
         InputError: prompts longer than the model's context, ids it does not have.
     """
     backend = _backend(model)
     found: list[Tensor | None] = [None] * len(dataset)
-    for members, tokens in _batches(backend, dataset, batch_size):
+    for members, tokens in _batches(backend, dataset, batch_size, patterns=False):
         last = backend.forward(tokens)[Site("logits")][:, -1]
         for i, row in zip(members.tolist(), last, strict=True):
             found[i] = row.clone()  # not the whole batch's logits with it
     return torch.stack([row for row in found if row is not None])
 
 
-def ioi_scores(model: Any, dataset: IOIDataset, batch_size: int = 32) -> TaskScores:
-    """Logit difference, probability and accuracy on IOI prompts."""
+def ioi_scores(model: Any, dataset: IOIDataset, batch_size: int | None = None) -> TaskScores:
+    """Logit difference, probability and accuracy on IOI prompts; see :func:`end_logits`."""
     logits = end_logits(model, dataset, batch_size)
     correct, wrong = dataset.correct.to(logits.device), dataset.wrong.to(logits.device)
     return TaskScores(
@@ -181,7 +189,7 @@ def ioi_scores(model: Any, dataset: IOIDataset, batch_size: int = 32) -> TaskSco
 
 
 def head_scores(
-    model: Any, dataset: InductionDataset | IOIDataset, batch_size: int = 16
+    model: Any, dataset: InductionDataset | IOIDataset, batch_size: int | None = None
 ) -> pd.DataFrame:
     """Where every head attends, as mean attention weights: rows ``(layer, head)``, columns
 
@@ -193,6 +201,10 @@ def head_scores(
 
     Means are over all repeats of the dataset, and over all positions for ``previous_token``.
 
+    Args:
+        batch_size: rows per forward pass at most; None: so many that patterns and logits take about
+            half a gigabyte.
+
     Raises:
         InputError: rows longer than the model's context, ids it does not have.
     """
@@ -203,7 +215,7 @@ def head_scores(
     sums = {name: torch.zeros(g.n_layers, g.n_heads, dtype=torch.float64) for name in names}
     counts: dict[str, int] = dict.fromkeys(names, 0)
     repeats = dataset.repeats()
-    for members, tokens in _batches(backend, dataset, batch_size):
+    for members, tokens in _batches(backend, dataset, batch_size, patterns=True):
         here = {int(row): i for i, row in enumerate(members)}
         mine = repeats[torch.isin(repeats[:, 0], members)]
         row = torch.tensor([here[int(r)] for r in mine[:, 0]], dtype=torch.long)
@@ -237,10 +249,23 @@ def _backend(model: Any) -> Backend:
 
 
 def _batches(
-    backend: Backend, dataset: InductionDataset | IOIDataset, batch_size: int
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Groups of the dataset on the model's device, checked against the model."""
+    backend: Backend,
+    dataset: InductionDataset | IOIDataset,
+    batch_size: int | None,
+    *,
+    patterns: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups of the dataset on the model's device, checked against the model.
+
+    Args:
+        patterns: whether the attention patterns of all layers are read, as well as the logits.
+    """
     g = backend.geometry
-    check_count(batch_size, "batch_size")
-    for members, tokens in dataset.groups(batch_size):
-        yield members, check_ids(tokens, g.d_vocab, g.n_ctx, g.device)
+    if batch_size is not None:
+        check_count(batch_size, "batch_size")
+    for members, tokens in dataset.groups():
+        length = tokens.shape[1]
+        numbers = length * (g.d_vocab + patterns * g.n_layers * g.n_heads * length)
+        fitting = max(1, _MEMORY // (numbers * g.dtype.itemsize))
+        for part in torch.arange(len(members)).split(min(fitting, batch_size or fitting)):
+            yield members[part], check_ids(tokens[part], g.d_vocab, g.n_ctx, g.device)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.tokens import as_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,7 @@ def check_count(n: Any, name: str = "n", least: int = 1) -> int:
     Raises:
         InputError: for anything else.
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < least:
+    count = as_index(n, name)
+    if isinstance(n, bool) or count < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {n!r}")
-    return n
+    return count
