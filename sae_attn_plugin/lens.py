@@ -27,7 +27,7 @@ from sae_attn_plugin.dictionaries import place
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions import apply
 from sae_attn_plugin.interventions.edits import Edit
-from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote
+from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote, unquote
 from sae_attn_plugin.tokens import (
     as_index,
     check_ids,
@@ -332,6 +332,11 @@ class Run:
                 "edges_per_target": edges_per_target,
             },
             head_split=functools.partial(edges_by_head, self.frozen, self.writers),
+            probabilities={
+                number: self._probability(node)
+                for number, node in zip(flow.roots, nodes, strict=True)
+                if node.kind == "logit"
+            },
             neuronpedia={
                 layer: f"https://www.neuronpedia.org/{d.metadata['neuronpedia_id']}"
                 for layer, d in self.lens.dictionaries.items()
@@ -437,6 +442,13 @@ class Run:
         """Logits of some tokens as the model computed them, before any soft-cap, in float64."""
         found = uncapped_logits(self.lens.backend, self.capture.values, tokens, position)
         return found[0].double()
+
+    def _probability(self, node: Node) -> float:
+        """Of the token of a logit node, as the model returns it."""
+        (token,) = unquote(node.label or "")
+        return float(
+            self.logits[0, node.position].double().softmax(-1)[self.resolve_token(token)[0]]
+        )
 
     def _top_logits(self) -> tuple[list[Target], list[float]]:
         probabilities = self.logits[0, -1].float().softmax(-1)

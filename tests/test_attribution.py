@@ -599,3 +599,12 @@ def test_features_are_those_of_sae_lens() -> None:
         np.testing.assert_allclose(frame["activation"], acts.numpy()[at], rtol=1e-9)
         np.testing.assert_allclose(frame["pre_activation"], pre.numpy()[at], rtol=1e-9)
     assert set(one.run.features(1, -1)["position"]) == {len(TOKENS) - 1}
+
+
+def test_logit_targets_know_their_probability(lens_of: Any) -> None:
+    run = lens_of("gpt2").run([TOKENS])
+    graph = run.graph([sap.Logit(3), sap.Logit(7), sap.Feature(1, 5, 4)])
+    expected = run.logits[0, -1].double().softmax(-1)
+    found = {node: p for node, p in graph.nodes(data="probability") if p is not None}
+    assert len(found) == 2
+    assert sorted(found.values()) == pytest.approx(sorted(expected[[3, 7]].tolist()))

@@ -33,6 +33,8 @@ class Attribution:
         roots: nodes of the targets that were asked for, by node number.
         tokens: the prompt's tokens.
         provenance: everything needed to make this again.
+        neuronpedia: address of a layer's features, where the SAE names one.
+        probabilities: of the tokens of logit targets, by node number.
     """
 
     flow: Flow
@@ -42,6 +44,7 @@ class Attribution:
     provenance: Mapping[str, Any]
     head_split: HeadSplit
     neuronpedia: Mapping[int, str]
+    probabilities: Mapping[int, float]
 
     def __repr__(self) -> str:
         targets = ", ".join(map(str, self.roots.values()))
@@ -98,6 +101,7 @@ class Attribution:
                 "influence": self.flow.influence[self._numbers]
                 + self.flow.root_weight[self._numbers],
                 "expanded": [n in ledger for n in numbers],
+                "probability": [self.probabilities.get(n, nan) for n in numbers],
                 "neuronpedia": [self._neuronpedia_url(node) for node in nodes],
             },
             index=pd.Index([self._ids[n] for n in numbers], name="node"),
