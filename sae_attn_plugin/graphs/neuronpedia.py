@@ -61,9 +61,8 @@ def to_neuronpedia(
     ``sae_attn_id`` and ``sae_attn_kind`` say what a node is; links of a graph by head carry
     ``by_head``.
 
-    A logit's label ends in its probability where the node has an attribute ``probability``, else in
-    ``(p=n/a)``: the graph does not hold the other logits it would take, and a logit difference or
-    a direction has none.
+    A logit's label ends in its probability, or in ``(p=n/a)`` where the node holds none, as a logit
+    difference or a direction.
 
     Args:
         graph: from :meth:`Attribution.to_networkx`; parallel edges are summed.
