@@ -189,18 +189,15 @@ class TransformerLensBackend:
         """Value biases that are all exactly zero beside live output biases have been folded."""
         if self._bridge and not getattr(self.model, "compatibility_mode", False):
             return
-        if self.geometry.normalization == "rms" and not self._bridge:
-            attn = self.model.blocks[0].attn
-            if not getattr(attn, "b_V", torch.zeros(1)).any() and not attn.b_O.any():
-                return
         weights = [self.layer_weights(layer) for layer in range(self.geometry.n_layers)]
         if not any(w.b_V.any() for w in weights) and any(w.b_O.any() for w in weights):
             raise BackendError(
                 f"{self.geometry.model_name}: the value biases are folded into b_O "
-                "(fold_value_biases=True, TransformerLens' default processing), so hook_z is not "
-                "the z that SAEs are trained on. Load the model with "
-                "HookedTransformer.from_pretrained_no_processing(...), or pass "
-                "fold_value_biases=False"
+                "(fold_value_biases=True, TransformerLens' default processing): all are exactly "
+                "zero while b_O is not. hook_z is then not the z that SAEs are trained on. Load "
+                "the model with HookedTransformer.from_pretrained_no_processing(...), or pass "
+                "fold_value_biases=False; a family without value biases runs on TransformerBridge "
+                "or nnsight"
             )
 
     # -- weights ---------------------------------------------------------------------------------
