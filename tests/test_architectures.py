@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 from collections.abc import Iterator
@@ -508,14 +509,18 @@ def test_strings_of_unequal_length() -> None:
         run[2]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("host", ALL_HOSTS)
-def test_a_pad_token_in_a_prompt_is_a_token(host: str) -> None:
+def test_a_pad_token_in_a_prompt_is_a_token(host: str, side: str) -> None:
     """No host takes it for padding: nothing is masked and positions count from 0."""
     model = RECIPES["gpt2"].build()
     tokens = torch.tensor([[0, 0, 5, 9, 0]])  # 0 is the tokenizer's padding token
-    lens = sap.FeatureLens(
-        on_host(model, host, word_tokenizer()), random_saes(model), tokenizer=word_tokenizer()
-    )
+    tokenizer = copy.deepcopy(word_tokenizer())
+    hosted = on_host(model, host, tokenizer)
+    for one in (tokenizer, getattr(hosted, "tokenizer", None)):
+        if one is not None:
+            one.padding_side = side  # nnsight turns it to the left in a tokenizer it is given
+    lens = sap.FeatureLens(hosted, random_saes(model), tokenizer=tokenizer)
     with torch.no_grad():
         expected = model(tokens, attention_mask=torch.ones_like(tokens)).logits
     torch.testing.assert_close(lens.run(tokens).logits, expected, atol=1e-4, rtol=1e-4)

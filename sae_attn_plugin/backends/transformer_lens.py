@@ -283,7 +283,14 @@ class TransformerLensBackend:
                     hook = functools.partial(_hook, visit, site)
                     hooks.append((self._hooks[site.name].format(site.layer), hook))
             with torch.no_grad():
-                logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+                # Without a mask, a tokenizer that pads on the left makes TransformerLens guess one
+                # from the tokens, and hide those that look like padding.
+                logits = self.model.run_with_hooks(
+                    tokens,
+                    return_type="logits",
+                    attention_mask=torch.ones_like(tokens),
+                    fwd_hooks=hooks,
+                )
         finally:
             for handle in handles:
                 handle.remove()
