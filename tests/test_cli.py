@@ -393,7 +393,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     code = f"import sys, sae_attn_plugin.cli; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        cwd=Path(cli.__file__).parents[1],
+        cwd=Path(cli.__file__).parents[2],
     )  # fmt: skip
     assert found.stdout.strip() == "[]"
 
@@ -401,7 +401,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
 def test_help_in_a_process_of_its_own() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "sae_attn_plugin.cli", "--help"], capture_output=True, text=True,
-        check=True, cwd=Path(cli.__file__).parents[1],
+        check=True, cwd=Path(cli.__file__).parents[2],
     )  # fmt: skip
     assert "demo" in found.stdout
     assert "graph" in found.stdout

@@ -1,0 +1,54 @@
+"""The ``sae-attn`` command. Heavy libraries load only when a command needs them.
+
+One module per command; what they share is in ``options`` and ``screen``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.cli.demo import demo
+from sae_attn_plugin.cli.export import export
+from sae_attn_plugin.cli.graph import graph
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sae-attn",
+    help="Exact attribution graphs of attention-SAE features.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        # Tokens may hold what the terminal's encoding cannot show.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sae-attn {sap.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (demo, graph, export):
+    app.command()(_command)

@@ -1,0 +1,3 @@
+from sae_attn_plugin.cli import main
+
+main()

@@ -1,0 +1,97 @@
+"""What commands share: enums, parsing and early checks of options."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.io import check_writable
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from sae_attn_plugin.nodes import Target
+
+_FEATURE = re.compile(r"attn:(\d+):(\d+)@(-?\d+)")
+
+
+class Backend(str, Enum):
+    transformer_lens = "transformer_lens"
+    transformer_bridge = "transformer_bridge"
+    nnsight = "nnsight"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def parse_token(text: str) -> str | int:
+    """``#5335`` is a token id, anything else the token itself."""
+    return int(text[1:]) if re.fullmatch(r"#\d+", text) else text
+
+
+def parse_target(target: str | None, wrong: str | None, position: int | None) -> Target | None:
+    if target is None:
+        for name, value in (("--wrong", wrong), ("--position", position)):
+            if value is not None:
+                raise InputError(f"{name} needs --target, the token it goes with")
+        return None
+    if not target or wrong == "":
+        raise InputError("the target is empty; expected a token or attn:LAYER:FEATURE@POSITION")
+    if target.startswith("attn:"):
+        match = _FEATURE.fullmatch(target)
+        if match is None:
+            raise InputError(
+                f"not a feature: {target!r}; expected attn:LAYER:FEATURE@POSITION, such as "
+                "attn:5:7515@10 or attn:5:7515@-1"
+            )
+        if wrong is not None or position is not None:
+            raise InputError(f"--wrong and --position go with a token, not with {target!r}")
+        return sap.Feature(*(int(number) for number in match.groups()))
+    at = -1 if position is None else position
+    if wrong is not None:
+        return sap.LogitDiff(parse_token(target), parse_token(wrong), at)
+    return sap.Logit(parse_token(target), at)
+
+
+def writable_files(graph: Path, picture: Path | None) -> tuple[Path, Path | None]:
+    """The paths, known to be writable."""
+    for path, ending in ((graph, ".json"), (picture, ".png")):
+        if path is None:
+            continue
+        if path.suffix.lower() != ending:
+            raise InputError(f"expected a path that ends in {ending}, got {str(path)!r}")
+        check_writable(path)
+    return graph, picture
+
+
+def check_limits(nodes: float, edges: float, max_nodes: int | None, node_budget: int) -> None:
+    for name, share in (("--nodes", nodes), ("--edges", edges)):
+        if not 0 < share <= 1:
+            raise InputError(f"{name} {share}: expected a share in (0, 1]")
+    if max_nodes is not None and max_nodes < 1:
+        raise InputError(f"--max-nodes {max_nodes}: expected at least 1")
+    if node_budget < 0:
+        raise InputError(f"--node-budget {node_budget}: expected at least 0")
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA is compiled in
+        first = str(error).splitlines()[0]
+        raise InputError(f"the device {device!r} cannot be used: {first}") from None
+
+
+def with_pruning(graph: nx.DiGraph, nodes: float, edges: float, limit: int | None) -> nx.DiGraph:
+    graph.graph["pruning"] = {"nodes": nodes, "edges": edges, "max_nodes": limit}
+    return graph
