@@ -1,0 +1,82 @@
+"""Bootstrap intervals: how far a mean, or a function of means, could be off by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_attn_plugin.errors import InputError
+
+__all__ = ["Interval", "bootstrap"]
+
+_AT_ONCE = 2**24  # numbers drawn at a time
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its percentile bootstrap interval; ``low`` and ``high`` are NaN for one
+    sample, which tells nothing about spread."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def bootstrap(
+    values: npt.ArrayLike,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of a mean, or of a function of several means (Efron 1979).
+
+    Rows are resampled whole, so columns of one row stay paired.
+
+    Args:
+        values: ``[n]``, or ``[n, columns]``: one row per independent sample (a prompt, a sequence).
+        statistic: maps means ``[..., columns]`` to ``[...]``; default: the mean of ``[n]`` itself.
+            A recovered fraction is ``lambda m: (m[..., 0] - m[..., 1]) / (m[..., 0] - m[..., 2])``.
+        level: of the interval. resamples: drawn with replacement, from ``seed``.
+
+    Raises:
+        InputError: no sample, or values that are not finite.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.ndim not in (1, 2) or not len(rows):
+        raise InputError(f"expected values [n] or [n, columns] with n > 0, got {list(rows.shape)}")
+    if not np.isfinite(rows).all():
+        raise InputError("the values to resample hold NaN or infinity")
+    if rows.ndim == 1:
+        rows = rows[:, None]
+    if statistic is None:
+        if rows.shape[1] > 1:
+            raise InputError(f"{rows.shape[1]} columns need a statistic of their means")
+        statistic = _first
+    n = len(rows)
+    value = float(statistic(rows.mean(0)))
+    if n == 1:
+        return Interval(value, float("nan"), float("nan"), 1)
+    rng = np.random.default_rng(seed)
+    found = []
+    step = max(1, _AT_ONCE // n)
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=count)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found.append(statistic(drawn @ rows / n))
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(np.concatenate(found), [tail, 1 - tail])
+    return Interval(value, float(low), float(high), n)
+
+
+def _first(means: np.ndarray) -> np.ndarray:
+    return means[..., 0]
