@@ -17,6 +17,13 @@ from tqdm.auto import tqdm
 
 from sae_attn_plugin.attribution.dfa import DFA, direct_feature_attribution
 from sae_attn_plugin.attribution.frozen import FrozenRun, freeze
+from sae_attn_plugin.attribution.qk import (
+    FrozenScores,
+    QKAttribution,
+    check_pattern,
+    freeze_scores,
+    qk_attribution,
+)
 from sae_attn_plugin.attribution.rdfa import edges_by_head, sweep
 from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
 from sae_attn_plugin.attribution.table import Attribution
@@ -24,7 +31,7 @@ from sae_attn_plugin.attribution.writers import WriterTable, write_table
 from sae_attn_plugin.backends import as_backend
 from sae_attn_plugin.backends.protocol import Capture, capture, uncapped_logits
 from sae_attn_plugin.dictionaries import place
-from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.interventions import apply
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote, unquote
@@ -271,6 +278,23 @@ class Run:
         split, constant, pre = direct_feature_attribution(self.frozen.layers[number], feature, at)
         return DFA(number, feature, at, split, constant, pre, self.token_strings)
 
+    def qk(self, layer: int, head: int, query: int, key: int) -> QKAttribution:
+        """Why a head looks where it looks: its pre-softmax score, term by term.
+
+        Args:
+            layer: any layer, with or without an SAE. head: in it.
+            query, key: positions, negative from the end; ``key <= query``.
+
+        Raises:
+            InputError: no such layer, head or position; a key after its query; a masked key.
+            UnsupportedError, BackendError: scores of this model that are not known here.
+        """
+        layer = self._resolve_any_layer(layer)
+        query, key = self.resolve_position(query), self.resolve_position(key)
+        scores = self._checked_scores(layer, query)
+        head = as_index(head, "head")
+        return qk_attribution(scores, self.writers, head, query, key, self.token_strings)
+
     def attribute(
         self,
         target: Target | Sequence[Target] | None = None,
@@ -359,7 +383,40 @@ class Run:
         graph.graph["pruning"] = {"nodes": nodes, "edges": edges, "max_nodes": max_nodes}
         return graph
 
+    # -- scores ----------------------------------------------------------------------------------
+
+    def _scores(self, layer: int) -> FrozenScores:
+        """Queries and keys of a layer, kept for the next question."""
+        if layer not in self._scores_by_layer:
+            backend, capture = self.lens.backend, self._one.capture
+            if not hasattr(backend, "score_weights"):
+                raise UnsupportedError(
+                    f"the backend {backend.host!r} gives no queries and keys: it has no "
+                    "score_weights(layer, n_positions)"
+                )
+            weights = backend.score_weights(layer, self.tokens.shape[1])
+            self._scores_by_layer[layer] = freeze_scores(
+                layer, self.frozen.layers[layer], weights, capture["resid_pre", layer][0]
+            )
+        return self._scores_by_layer[layer]
+
+    @functools.cached_property
+    def _scores_by_layer(self) -> dict[int, FrozenScores]:
+        return {}
+
+    def _checked_scores(self, layer: int, query: int) -> FrozenScores:
+        """Scores that are known to give the model's own pattern at a query."""
+        scores, g = self._scores(layer), self.lens.backend.geometry
+        check_pattern(scores, query, g.dtype, f"{g.model_name} on {self.lens.backend.host}")
+        return scores
+
     # -- resolving -------------------------------------------------------------------------------
+
+    def _resolve_any_layer(self, layer: int) -> int:
+        layer, n_layers = as_index(layer, "layer"), self.lens.backend.geometry.n_layers
+        if not 0 <= layer < n_layers:
+            raise InputError(f"layer {layer} is out of range: the model has {n_layers} layers")
+        return layer
 
     def resolve_layer(self, layer: int) -> int:
         layer = as_index(layer, "layer")

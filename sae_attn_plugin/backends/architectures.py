@@ -46,6 +46,14 @@ class Architecture:
         parallel: whether attention and MLP read the same residual stream, or the name of the
             configuration's field that says so.
         logit_soft_cap: name of the configuration's field with the final soft-cap, if any.
+        queries, keys: from a block, for the layout ``"separate"``; the modules whose outputs they
+            are. These and what follows are needed for attention scores only.
+        q_norm, k_norm: from a block; norms of queries and keys, or None.
+        rotary: from the model; the module that gives cosines and sines, or None.
+        rotary_pairs: which dimensions turn together: ``"halves"`` or ``"adjacent"``.
+        score_scale: attribute of the attention module that multiplies scores (with ``/`` before it:
+            that divides them), or the factor itself.
+        score_soft_cap: name of the configuration's field with the soft-cap of scores, if any.
     """
 
     model_type: str
@@ -67,11 +75,20 @@ class Architecture:
     unembed: str = "lm_head"
     parallel: bool | str = False
     logit_soft_cap: str | None = None
+    queries: str | None = None
+    keys: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    rotary: str | None = None
+    rotary_pairs: Literal["halves", "adjacent"] = "halves"
+    score_scale: str | float = "scaling"
+    score_soft_cap: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("layout", self.layout, ("separate", "stacked", "interleaved")),
             ("norm_kind", self.norm_kind, ("layer", "rms")),
+            ("rotary_pairs", self.rotary_pairs, ("halves", "adjacent")),
         ):
             if value not in known:
                 raise InputError(
@@ -118,7 +135,11 @@ _LLAMA = Architecture(
     mlp_norm="post_attention_layernorm",
     layout="separate",
     norm_kind="rms",
+    queries="self_attn.q_proj",
+    keys="self_attn.k_proj",
+    rotary="model.rotary_emb",
 )
+_QK_NORM: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _GEMMA = replace(_LLAMA, model_type="gemma", norm_offset=1.0)
 _GEMMA2 = replace(
     _GEMMA,
@@ -127,6 +148,7 @@ _GEMMA2 = replace(
     post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
     logit_soft_cap="final_logit_softcapping",
+    score_soft_cap="attn_logit_softcapping",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -147,6 +169,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             mlp_norm="post_attention_layernorm",
             layout="interleaved",
             parallel="use_parallel_residual",
+            rotary="gpt_neox.rotary_emb",
         ),
         replace(
             _GPT2,
@@ -157,14 +180,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             mlp_norm="ln_1",
             layout="separate",
             parallel=True,
+            queries="attn.q_proj",
+            keys="attn.k_proj",
+            rotary="transformer.h.0.attn.embed_positions",
+            rotary_pairs="adjacent",
+            score_scale="/scale_attn",
         ),
         _LLAMA,
         replace(_LLAMA, model_type="mistral"),
         replace(_LLAMA, model_type="qwen2"),
-        replace(_LLAMA, model_type="qwen3"),
+        replace(_LLAMA, model_type="qwen3", **_QK_NORM),
         _GEMMA,
         _GEMMA2,
-        replace(_GEMMA2, model_type="gemma3_text"),
+        # Gemma 3 has the field of the scores' soft-cap, and ignores it.
+        replace(_GEMMA2, model_type="gemma3_text", score_soft_cap=None, **_QK_NORM),
         replace(
             _LLAMA,
             model_type="olmo2",
@@ -172,6 +201,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             mlp_norm=None,
             post_norm="post_attention_layernorm",
             mlp_post_norm="post_feedforward_layernorm",
+            **_QK_NORM,
         ),
         replace(_LLAMA, model_type="phi3", values="self_attn.qkv_proj", layout="stacked"),
     )

@@ -34,6 +34,7 @@ from sae_attn_plugin.backends.protocol import (
     check_editable,
     self_check,
 )
+from sae_attn_plugin.backends.scores import ScoreWeights, read_scores, score_modules
 from sae_attn_plugin.backends.walk import fetch, submodule, walk
 from sae_attn_plugin.errors import BackendError, InputError
 
@@ -99,6 +100,12 @@ class HuggingFaceBackend:
     def layer_weights(self, layer: int) -> LayerWeights:
         return read_layer(self.model, self._architecture, self.geometry, layer, self._source)
 
+    def score_weights(self, layer: int, n_positions: int) -> ScoreWeights:
+        row = self._architecture
+        if self.remote:
+            self._fetch_weights(score_modules(row, layer))
+        return read_scores(self.model, row, self.geometry, layer, n_positions, self._source)
+
     def final_norm(self) -> Norm:
         row = self._architecture
         return read_norm(submodule(self.model, row.final_norm), row, self._source)
@@ -153,13 +160,13 @@ class HuggingFaceBackend:
     def _fetch(self) -> bool:
         """Bring every weight the algebra needs from where the model is, once; tell whether the
         model is in training mode there."""
-        from nnsight import ndif, save
+        from nnsight import ndif
 
         import sae_attn_plugin
 
         # What runs in a trace is sent by its source: the other side does not have this package.
         ndif.register(sae_attn_plugin)
-        row, root, remote = self._architecture, self._nn, self.remote
+        row = self._architecture
         in_block = (row.values, row.out_projection, row.norm, row.mlp_norm, row.post_norm)
         paths = [row.final_norm, row.unembed]
         for layer in range(self.geometry.n_layers):
@@ -168,16 +175,24 @@ class HuggingFaceBackend:
                 for path in dict.fromkeys((*in_block, row.mlp_post_norm))
                 if path is not None
             ]
+        self._weights: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        return self._fetch_weights(paths)
+
+    def _fetch_weights(self, paths: list[str]) -> bool:
+        """Bring the weights of some modules, where they are not here already."""
+        from nnsight import save
+
+        root, remote, device = self._nn, self.remote, self.geometry.device
+        paths = [path for path in paths if id(submodule(self.model, path)) not in self._weights]
+        if not paths:
+            return False
         tokens = torch.ones(1, 1, dtype=torch.long)
         with self._lock, root.trace(tokens, remote=remote, use_cache=False):
             back = save(fetch(root, paths))
-        (found, training), device = back, self.geometry.device
-        self._weights = {
-            id(submodule(self.model, path)): tuple(
-                None if tensor is None else tensor.to(device) for tensor in pair
-            )
-            for path, pair in found.items()
-        }
+        found, training = back
+        for path, (weight, bias) in found.items():
+            pair = (weight.to(device), None if bias is None else bias.to(device))
+            self._weights[id(submodule(self.model, path))] = pair
         return training
 
     def _fetched(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_attn_plugin.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from sae_attn_plugin.backends.scores import ScoreWeights
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -206,6 +209,10 @@ class Backend(Protocol):
 
     def layer_weights(self, layer: int) -> LayerWeights:
         """Weights of one layer, on the model's device, in the model's dtype."""
+        ...
+
+    def score_weights(self, layer: int, n_positions: int) -> ScoreWeights:
+        """What one layer's attention scores are made of, for a prompt of ``n_positions``."""
         ...
 
     def final_norm(self) -> Norm: ...

@@ -20,6 +20,12 @@ from sae_attn_plugin.backends.protocol import (
     check_editable,
     self_check,
 )
+from sae_attn_plugin.backends.scores import (
+    Rotary,
+    ScoreWeights,
+    need_plain_norm,
+    read_score_parts,
+)
 from sae_attn_plugin.errors import BackendError, InputError, UnsupportedError
 
 # TransformerLens' own list of models whose ln1 and ln2 follow the blocks instead of feeding them.
@@ -228,6 +234,64 @@ class TransformerLensBackend:
             post_norm=after,
             mlp_post_norm=after_mlp,
         )
+
+    def score_weights(self, layer: int, n_positions: int) -> ScoreWeights:
+        attn, g = self.model.blocks[layer].attn, self.geometry
+        grouped = not self._bridge and g.n_kv_heads != g.n_heads
+        W_K, b_K = (attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K)
+        W_Q, b_Q, W_K = attn.W_Q.detach(), attn.b_Q, W_K.detach()
+        if self._row is not None:
+            model = self.model.original_model
+            parts = read_score_parts(model, self._row, g, layer, n_positions)
+        else:
+            parts = self._hooked_score_parts(attn, n_positions)
+        return ScoreWeights(
+            W_Q=W_Q,
+            b_Q=W_Q.new_zeros(g.n_heads, g.d_head)
+            if b_Q is None
+            else b_Q.detach().reshape(g.n_heads, g.d_head),
+            W_K=W_K,
+            b_K=W_K.new_zeros(g.n_kv_heads, g.d_head)
+            if b_K is None
+            else b_K.detach().reshape(g.n_kv_heads, g.d_head),
+            **parts,
+        )
+
+    def _hooked_score_parts(self, attn: Any, n_positions: int) -> dict[str, Any]:
+        """What a HookedTransformer does to queries, keys and scores besides projecting."""
+        cfg, g = self.model.cfg, self.geometry
+        for name in ("clip_qkv", "use_logn_attn"):
+            if getattr(cfg, name, None):
+                raise UnsupportedError(
+                    f"{cfg.model_name}: attention scores with {name} are not linear in queries and "
+                    "keys, or not known here"
+                )
+        parts: dict[str, Any] = {
+            "scale": 1 / float(attn.attn_scale),
+            "soft_cap": cap if (cap := getattr(cfg, "attn_scores_soft_cap", 0) or 0) > 0 else None,
+        }
+        for name in ("q_norm", "k_norm"):
+            module = getattr(attn, name, None)
+            if module is not None:
+                norm = Norm("rms", float(module.eps), module.w.detach())
+                parts[name] = need_plain_norm(norm, cfg.model_name)
+        if cfg.positional_embedding_type == "rotary":
+            # Running it makes the tables what they are for a prompt of this length.
+            like = torch.zeros(1, n_positions, 1, g.d_head, dtype=g.dtype, device=g.device)
+            with torch.no_grad():
+                attn.apply_rotary(like)
+            parts["rotary"] = Rotary(
+                attn.rotary_cos[:n_positions].detach(),
+                attn.rotary_sin[:n_positions].detach(),
+                bool(cfg.rotary_adjacent_pairs),
+            )
+            for name in ("use_NTK_by_parts_rope", "use_yarn_rope", "use_dynamic_ntk_rope"):
+                if getattr(cfg, name, False):
+                    parts["rope"] = name
+        elif cfg.positional_embedding_type == "alibi":
+            slopes = attn.create_alibi_multipliers(cfg.n_heads, device=g.device)
+            parts["alibi_slopes"] = slopes.to(g.dtype)
+        return parts
 
     def final_norm(self) -> Norm:
         kind = self.geometry.normalization
