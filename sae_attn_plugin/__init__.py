@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sae_attn_plugin import demo, nodes, tasks, training
     from sae_attn_plugin.attribution.dfa import DFA
+    from sae_attn_plugin.attribution.qk import QKAttribution
     from sae_attn_plugin.attribution.table import Attribution
     from sae_attn_plugin.backends.architectures import Architecture, register_architecture
     from sae_attn_plugin.backends.loading import load_model
@@ -58,6 +59,7 @@ _PUBLIC = {
     "Logit": "nodes",
     "LogitDiff": "nodes",
     "Node": "nodes",
+    "QKAttribution": "attribution.qk",
     "Run": "lens",
     "SaeAttnError": "errors",
     "SetFeature": "interventions.edits",
@@ -79,6 +81,7 @@ __all__ = [  # noqa: RUF022 - the front door first
     "Run",
     "Attribution",
     "DFA",
+    "QKAttribution",
     "Feature",
     "Logit",
     "LogitDiff",
