@@ -344,6 +344,25 @@ def test_export_there_and_back(graph_file: Path, here: Path) -> None:
     assert (here / "b.json").read_bytes() == graph_file.read_bytes()
 
 
+def test_export_to_gexf_safetensors_and_heads(here: Path) -> None:
+    run = sap.demo.load().run(sap.demo.ioi_prompt())
+    attribution = run.attribute(sap.LogitDiff(" Mary", " John")).prune(0.5)
+    sap.save(attribution, "a.safetensors")
+    for command in (["a.safetensors", "a.gexf"], ["a.gexf", "a.json"],
+                    ["a.json", "heads.json", "--format", "mib"],
+                    ["a.json", "np.json", "--format", "neuronpedia", "--no-cantor"]):  # fmt: skip
+        result = call("export", *command)
+        assert result.exit_code == 0, result.stderr
+    assert dict(sap.load("a.json").nodes) == dict(attribution.to_networkx().nodes)
+    edges = json.loads((here / "heads.json").read_text(encoding="utf-8"))["edges"]
+    assert sum(edge["in_graph"] for edge in edges.values()) > 10
+    document = json.loads((here / "np.json").read_text(encoding="utf-8"))
+    assert "schema_version" not in document["metadata"]
+    for node in document["nodes"]:
+        if node["sae_attn_kind"] == "attn":
+            assert node["feature"] == node["sae_attn_feature"]
+
+
 def test_export_for_neuronpedia(graph_file: Path, here: Path) -> None:
     names = {"slug": "mine", "scan": "gpt2-small", "source-set": "att-kk", "no-feature": "-1"}
     options = [item for name, value in names.items() for item in (f"--{name}", value)]
@@ -357,7 +376,7 @@ def test_export_for_neuronpedia(graph_file: Path, here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["GRAPH", "a.txt"], "names no known graph format; known: .json, .graphml"),
+        (["GRAPH", "a.txt"], "names no known graph format; known: .json, .safetensors"),
         (["GRAPH", "a.graphml", "--format", "neuronpedia"], "ends in .json, got 'a.graphml'"),
         (["GRAPH", "a.json", "--format", "pickle"], "'pickle' is not one of"),
         (["GRAPH", "a.json", "--slug", "s"], "the format 'json' has no option 'slug'"),
@@ -365,6 +384,8 @@ def test_export_for_neuronpedia(graph_file: Path, here: Path) -> None:
         (["GRAPH", "none/a.graphml"], "does not exist"),
         (["GRAPH", "GRAPH", "--format", "neuronpedia"], "is the graph itself"),
         (["none.json", "a.graphml"], "cannot read none.json: No such file"),
+        (["GRAPH", "a.json", "--format", "mib"], "pass --model and --saes"),
+        (["GRAPH", "a.json", "--model", "gpt2"], "--model goes with --format mib"),
         (["GRAPH.gz", "a.graphml"], "names no known graph format"),
         (["GRAPH"], "Missing argument"),
     ],

@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -16,6 +17,8 @@ from sae_attn_plugin.nodes import Node
 if TYPE_CHECKING:
     import networkx as nx
 
+    from sae_attn_plugin.attribution.table import Attribution
+
 __all__ = ["load", "save"]
 
 FORMAT = "sae-attn-graph"
@@ -23,38 +26,51 @@ VERSION = 1
 _RESERVED = {"node": {"id"}, "edge": {"source", "target", "key"}}
 
 
-def save(graph: nx.DiGraph, path: str | Path, *, format: str | None = None, **options: Any) -> None:
-    """Write an attribution graph to a file; the same graph gives the same bytes.
+def save(
+    graph: nx.DiGraph | Attribution, path: str | Path, *, format: str | None = None, **options: Any
+) -> None:
+    """Write an attribution graph, or a whole attribution, to a file; the same gives the same bytes.
 
-    =================  ============  ================================================  ============
-    ``format``         ending        what it is                                        :func:`load`
-    =================  ============  ================================================  ============
-    ``"json"``         ``.json``     networkx' node-link JSON with a format marker     exact
-    ``"graphml"``      ``.graphml``  GraphML, for yEd, Gephi, Cytoscape and igraph     exact
-    ``"neuronpedia"``  ``.json``     graph JSON of Neuronpedia and circuit-tracer      no
-    =================  ============  ================================================  ============
+    =================  ================  ============================================  ============
+    ``format``         ending            what it is                                    :func:`load`
+    =================  ================  ============================================  ============
+    ``"native"``       ``.safetensors``  numbers as tensors: graphs and attributions   exact
+    ``"json"``         ``.json``         networkx' node-link JSON with a marker        exact
+    ``"graphml"``      ``.graphml``      GraphML, for yEd, Gephi, Cytoscape, igraph    exact
+    ``"gexf"``         ``.gexf``         GEXF 1.2, for Gephi                           exact
+    ``"neuronpedia"``  ``.json``         graph JSON of Neuronpedia, circuit-tracer     no
+    ``"mib"``          ``.json``         circuit JSON of MIB and EAP-IG, by head       no
+    =================  ================  ============================================  ============
 
     Args:
         graph: a ``DiGraph`` or ``MultiDiGraph`` whose nodes are node ids. Attributes may be
-            strings, finite numbers, booleans, None, and lists and dicts of these.
+            strings, finite numbers, booleans, None, and lists and dicts of these. Or an
+            :class:`Attribution`, which the format ``"native"`` holds.
         path: the file; an existing one is replaced only once the new one is complete.
         format: a name from the table. None: by the ending of the path, and ``"json"`` for
             ``.json``.
-        options: of the format ``"neuronpedia"``, see
-            :func:`~sae_attn_plugin.graphs.neuronpedia.to_neuronpedia`: ``slug``, ``scan``,
-            ``source_set``, ``no_feature``, ``create_time_ms``.
+        options: of ``"native"``: ``heads`` (:func:`~sae_attn_plugin.graphs.native.write`); of
+            ``"neuronpedia"``: ``slug``, ``scan``, ``source_set``, ``no_feature``, ``cantor``,
+            ``create_time_ms`` (:func:`~sae_attn_plugin.graphs.neuronpedia.to_neuronpedia`); of
+            ``"mib"``: ``run``, which it needs (:func:`~sae_attn_plugin.graphs.mib.to_mib`).
 
     Raises:
         InputError: unknown format, ending or option, or something in the graph that the format
             cannot hold, named.
         FileError: the file cannot be written.
     """
-    data = _format_of(path, format, options).write(graph, **options)
+    chosen = _format_of(path, format, options)
+    if hasattr(graph, "to_networkx") and not chosen.attributions:
+        raise InputError(
+            f"expected a graph for {str(path)!r}, got an {type(graph).__name__}; pass its "
+            "to_networkx(), or a path that ends in .safetensors"
+        )
+    data = chosen.write(graph, **options)
     write_atomically(path, lambda file: file.write(data))
 
 
-def load(path: str | Path) -> nx.DiGraph:
-    """Read a graph that :func:`save` wrote: a ``DiGraph`` or ``MultiDiGraph``.
+def load(path: str | Path) -> Any:
+    """Read what :func:`save` wrote: a ``DiGraph``, a ``MultiDiGraph`` or an :class:`Attribution`.
 
     The ending of the path picks the format. Formats of others are written only.
 
@@ -98,7 +114,7 @@ def node_link(graph: nx.DiGraph, what: str) -> dict[str, Any]:
         raise InputError(f"expected a DiGraph or MultiDiGraph, got {type(graph).__name__}")
     try:
         _check_graph(graph)
-        return _plain(nx.node_link_data(graph, edges="edges"), "graph")
+        return plain(nx.node_link_data(graph, edges="edges"), "graph")
     except Damaged as error:
         raise InputError(f"the graph cannot be saved as {what}: {error}") from None
 
@@ -113,16 +129,27 @@ def _write_neuronpedia(graph: nx.DiGraph, **options: Any) -> bytes:
     return _dump_document(to_neuronpedia(graph, **options))
 
 
-def _write_graphml(graph: nx.DiGraph) -> bytes:
-    from sae_attn_plugin.graphs import graphml
+def _write_mib(graph: nx.DiGraph, **options: Any) -> bytes:
+    from sae_attn_plugin.graphs.mib import to_mib
 
-    return graphml.write(graph)
+    if "run" not in options:
+        raise InputError(
+            "the format 'mib' needs the run that the graph is of, since it splits features by "
+            "head: save(..., format='mib', run=run)"
+        )
+    return _dump_document(to_mib(graph, **options))
 
 
-def _read_graphml(data: bytes) -> nx.DiGraph:
-    from sae_attn_plugin.graphs import graphml
+def _room(name: str) -> tuple[Callable[..., bytes], Callable[[bytes], Any]]:
+    """The writer and the reader of a format with a module of its own, imported when called."""
 
-    return graphml.read(data)
+    def write(content: Any, **options: Any) -> bytes:
+        return import_module(f"sae_attn_plugin.graphs.{name}").write(content, **options)
+
+    def read(data: bytes) -> Any:
+        return import_module(f"sae_attn_plugin.graphs.{name}").read(data)
+
+    return write, read
 
 
 def _dump_document(data: dict[str, Any]) -> bytes:
@@ -142,7 +169,7 @@ def _dump_line(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=True)
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str) -> Any:
     """A copy that JSON gives back as it is."""
     if type(value).__module__ == "numpy" and hasattr(value, "item") and value.ndim == 0:
         value = value.item()
@@ -158,12 +185,12 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if type(value) is list:
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise Damaged(f"{where} has the key {key!r}; keys must be strings")
-        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     raise Damaged(
         f"{where} is a {type(value).__name__}; expected a string, a number, a boolean, None, or a "
         "list or dict of these"
@@ -189,13 +216,13 @@ def _read_json(data: bytes) -> nx.DiGraph:
     return graph_of(document)
 
 
-def check_version(version: Any) -> None:
+def check_version(version: Any, newest: int = VERSION) -> None:
     """Whether this release reads that version of its own files."""
     if type(version) is not int or version < 1:
         raise Damaged(f"its version is {version!r}; expected a number")
-    if version > VERSION:
+    if version > newest:
         raise Damaged(
-            f"it has format version {version}, and this release reads up to {VERSION}; upgrade "
+            f"it has format version {version}, and this release reads up to {newest}; upgrade "
             "sae-attn-plugin"
         )
 
@@ -203,7 +230,7 @@ def check_version(version: Any) -> None:
 def graph_of(document: dict[str, Any]) -> nx.DiGraph:
     """The graph of node-link data from a file, of which nothing is known yet."""
     _check_document(document)
-    _plain(document, "file")  # finite numbers: 1e999 is valid JSON
+    plain(document, "file")  # finite numbers: 1e999 is valid JSON
     graph = _build(document)
     _check_graph(graph)
     return graph
@@ -299,19 +326,25 @@ def _check_names(what: str, where: str, attributes: Mapping[Any, Any]) -> None:
 class _Format(NamedTuple):
     ending: str
     write: Callable[..., bytes]
-    read: Callable[[bytes], nx.DiGraph] | None = None
+    read: Callable[[bytes], Any] | None = None
     options: tuple[str, ...] = ()
+    attributions: bool = False
 
 
 _FORMATS: dict[str, _Format] = {  # of those with the same ending, the first is its own
     "json": _Format(".json", _write_json, _read_json),
-    "graphml": _Format(".graphml", _write_graphml, _read_graphml),
+    "native": _Format(".safetensors", *_room("native"), options=("heads",), attributions=True),
+    "graphml": _Format(".graphml", *_room("graphml")),
+    "gexf": _Format(".gexf", *_room("gexf")),
     "neuronpedia": _Format(
         ".json",
         _write_neuronpedia,
-        options=("slug", "scan", "source_set", "no_feature", "create_time_ms"),
+        options=("slug", "scan", "source_set", "no_feature", "cantor", "create_time_ms"),
     ),
+    "mib": _Format(".json", _write_mib, options=("run",)),
 }
+FORMATS = tuple(_FORMATS)
+ENDINGS = tuple(dict.fromkeys(known.ending for known in _FORMATS.values()))
 
 
 def _format_of(
@@ -321,9 +354,9 @@ def _format_of(
     if name is None:
         name = next((key for key, known in _FORMATS.items() if known.ending == suffix), None)
         if name is None:
-            endings = ", ".join(dict.fromkeys(known.ending for known in _FORMATS.values()))
             raise InputError(
-                f"the ending of {str(path)!r} names no known graph format; known: {endings}"
+                f"the ending of {str(path)!r} names no known graph format; known: "
+                f"{', '.join(ENDINGS)}"
             )
     if name not in _FORMATS:
         raise InputError(f"unknown graph format {name!r}; known: {', '.join(_FORMATS)}")

@@ -49,11 +49,11 @@ def write(graph: nx.DiGraph) -> bytes:
     out: Any = nx.MultiDiGraph() if multi else nx.DiGraph()
     out.graph.update(_encode(document["graph"]) | marks)
     for node in document["nodes"]:
-        name = _word(node.pop("id"))
+        name = word(node.pop("id"))
         out.add_node(name)
         out.nodes[name].update(_encode(node))
     for edge in document["edges"]:
-        source, target = _word(edge.pop("source")), _word(edge.pop("target"))
+        source, target = word(edge.pop("source")), word(edge.pop("target"))
         number = out.add_edge(source, target)
         place = (source, target, number) if multi else (source, target)
         out.edges[place].update(_encode(edge))
@@ -69,29 +69,29 @@ def write(graph: nx.DiGraph) -> bytes:
 
 def _encode(attributes: dict[str, Any]) -> dict[str, Any]:
     return {
-        _json(name) if name in _TAKEN else _word(name): _value(attributes[name])
+        marked(name) if name in _TAKEN else word(name): xml_value(attributes[name])
         for name in sorted(attributes)
     }
 
 
-def _value(value: Any) -> Any:
+def xml_value(value: Any) -> Any:
     if isinstance(value, str):
-        return value if _is_safe(value) else _json(value)
+        return value if is_safe(value) else marked(value)
     if isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**63):
         return value
-    return _json(value)
+    return marked(value)
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """A string that stands in an XML attribute, where tabs and line ends are fragile."""
-    return text if _is_safe(text) and not re.search(r"[\t\n]", text) else _json(text)
+    return text if is_safe(text) and not re.search(r"[\t\n]", text) else marked(text)
 
 
-def _is_safe(text: str) -> bool:
+def is_safe(text: str) -> bool:
     return not text.startswith(_MARK) and _UNSAFE.search(text) is None
 
 
-def _json(value: Any) -> str:
+def marked(value: Any) -> str:
     return _MARK + json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=True)
 
 
@@ -103,17 +103,7 @@ def read(data: bytes) -> nx.DiGraph:
 
     Read here and not by networkx, which takes repeated nodes and unknown ends in silence.
     """
-    if b"<!DOCTYPE" in data:  # entities could grow without bound
-        raise Damaged("it has a document type declaration, which no file of this package has")
-    try:
-        root = ElementTree.fromstring(data)
-    except ElementTree.ParseError as error:
-        line, column = error.position
-        raise Damaged(
-            f"not valid XML, or cut short: line {line}, column {column + 1}: {error}"
-        ) from error
-    except (ValueError, LookupError) as error:  # an encoding that Python does not know
-        raise Damaged(f"not valid XML: {error}") from error
+    root = parse_xml(data)
     body = root.find(f"{_NS}graph")
     if root.tag != f"{_NS}graphml" or body is None:
         raise Damaged("not GraphML: it has no graph")
@@ -135,16 +125,31 @@ def read(data: bytes) -> nx.DiGraph:
     for i, element in enumerate(body.findall(f"{_NS}node")):
         where = f"nodes[{i}]"
         row = _attributes(element, keys, where)
-        document["nodes"].append(_with(row, where, id=_named(element, "id", where)))
+        document["nodes"].append(with_names(row, where, id=named(element, "id", where)))
     for i, element in enumerate(body.findall(f"{_NS}edge")):
         where = f"edges[{i}]"
         row = _attributes(element, keys, where)
-        ends = {end: _named(element, end, where) for end in ("source", "target")}
-        document["edges"].append(_with(row, where, **ends))
+        ends = {end: named(element, end, where) for end in ("source", "target")}
+        document["edges"].append(with_names(row, where, **ends))
     return graph_of(document)
 
 
-def _with(row: dict[str, Any], where: str, **names: Any) -> dict[str, Any]:
+def parse_xml(data: bytes) -> ElementTree.Element:
+    """The root of an XML file of which nothing is known yet."""
+    if b"<!DOCTYPE" in data:  # entities could grow without bound
+        raise Damaged("it has a document type declaration, which no file of this package has")
+    try:
+        return ElementTree.fromstring(data)
+    except ElementTree.ParseError as error:
+        line, column = error.position
+        raise Damaged(
+            f"not valid XML, or cut short: line {line}, column {column + 1}: {error}"
+        ) from error
+    except (ValueError, LookupError) as error:  # an encoding that Python does not know
+        raise Damaged(f"not valid XML: {error}") from error
+
+
+def with_names(row: dict[str, Any], where: str, **names: Any) -> dict[str, Any]:
     if taken := sorted(row.keys() & names.keys()):
         raise Damaged(f"{where} has an attribute named {taken[0]!r}, which the format needs")
     return row | names
@@ -156,11 +161,11 @@ def _keys(root: ElementTree.Element) -> dict[str, tuple[str, str]]:
     for i, element in enumerate(root.findall(f"{_NS}key")):
         name, kind = element.get("attr.name"), element.get("attr.type")
         identifier = element.get("id")
-        if identifier is None or name is None or kind not in _TYPES:
+        if identifier is None or name is None or kind not in TYPES:
             raise Damaged(f"keys[{i}] lacks an id, a name or a known type")
         if element.find(f"{_NS}default") is not None:
             raise Damaged(f"keys[{i}] has a default, which no file of this package has")
-        keys[identifier] = (_decoded(name, f"keys[{i}]"), kind)
+        keys[identifier] = (decoded(name, f"keys[{i}]"), kind)
     return keys
 
 
@@ -176,22 +181,22 @@ def _attributes(
             raise Damaged(f"{where} repeats {name!r}")
         text = data.text or ""
         try:
-            found[name] = _TYPES[kind](text)
+            found[name] = TYPES[kind](text)
         except ValueError:
             raise Damaged(f"{where}[{name!r}] is {text[:40]!r}; expected a {kind}") from None
         if kind == "string":
-            found[name] = _decoded(text, f"{where}[{name!r}]")
+            found[name] = decoded(text, f"{where}[{name!r}]")
     return found
 
 
-def _named(element: ElementTree.Element, name: str, where: str) -> Any:
+def named(element: ElementTree.Element, name: str, where: str) -> Any:
     text = element.get(name)
     if text is None:
         raise Damaged(f"{where} has no {name}")
-    return _decoded(text, f"{where}[{name!r}]")
+    return decoded(text, f"{where}[{name!r}]")
 
 
-def _decoded(text: str, where: str) -> Any:
+def decoded(text: str, where: str) -> Any:
     if not text.startswith(_MARK):
         return text
     try:
@@ -206,7 +211,7 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-_TYPES: dict[str, Any] = {
+TYPES: dict[str, Any] = {
     "boolean": _boolean,
     "int": int,
     "long": int,

@@ -50,6 +50,7 @@ def to_neuronpedia(
     scan: str | None = None,
     source_set: str | None = None,
     no_feature: int | None = None,
+    cantor: bool = True,
     create_time_ms: int | None = None,
 ) -> dict[str, Any]:
     """A graph as a Neuronpedia document (schema 1.0.0); the same graph gives the same document.
@@ -73,6 +74,9 @@ def to_neuronpedia(
             addresses say, else none, and the pages show no examples.
         no_feature: what stands as the feature of error nodes. circuit-tracer's reader refuses None
             and takes -1.
+        cantor: whether a feature's number is Cantor's pair of layer and feature, which the schema
+            calls version 1 and the public pages read. False: the feature's own number, and no
+            schema version.
         create_time_ms: time of creation, milliseconds since 1970. None: left out.
 
     Raises:
@@ -97,7 +101,7 @@ def to_neuronpedia(
     if source_set is None:
         source_set = _the_one(sources, "set", "source_set")
     links = _links(graph)
-    writer = _Writer(graph, nodes, no_feature)
+    writer = _Writer(graph, nodes, no_feature, cantor)
     document = {
         "metadata": {
             "slug": slug if slug is not None else "",
@@ -119,6 +123,8 @@ def to_neuronpedia(
         ],
     }  # fmt: skip
     metadata = document["metadata"]
+    if not cantor:
+        del metadata["schema_version"]
     if source_set is not None:
         metadata["feature_details"] = {"neuronpedia_lorsa_source_set": source_set}
     if isinstance(pruning := known.get("pruning"), dict):
@@ -137,8 +143,11 @@ def cantor_pair(layer: int, feature: int) -> int:
 
 
 class _Writer:
-    def __init__(self, graph: nx.DiGraph, nodes: dict[str, Node], no_feature: int | None) -> None:
+    def __init__(
+        self, graph: nx.DiGraph, nodes: dict[str, Node], no_feature: int | None, cantor: bool
+    ) -> None:
         self.graph = graph
+        self.cantor = cantor
         self.nodes = nodes
         self.no_feature = no_feature
         self.tokens = graph.graph["tokens"]
@@ -191,7 +200,7 @@ class _Writer:
         node = self.nodes[name]
         match node:
             case Node(kind="attn", layer=int(layer), feature=int(feature)):
-                return cantor_pair(layer, feature)
+                return cantor_pair(layer, feature) if self.cantor else feature
             case Node(kind="embed"):
                 return node.position
             case Node(kind="logit", label=str(label)):
