@@ -17,7 +17,7 @@ from sae_attn_plugin.graphs.files import load, save
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sae_attn_plugin import demo, nodes, tasks, training
+    from sae_attn_plugin import demo, nodes, studies, tasks, training
     from sae_attn_plugin.attribution.dfa import DFA
     from sae_attn_plugin.attribution.qk import QKAttribution
     from sae_attn_plugin.attribution.table import Attribution
@@ -74,7 +74,7 @@ _PUBLIC = {
     "strongest_paths": "graphs.paths",
     "validate": "interventions.validate",
 }
-_MODULES = ("demo", "nodes", "tasks", "training")
+_MODULES = ("demo", "nodes", "studies", "tasks", "training")
 
 __all__ = [  # noqa: RUF022 - the front door first
     "FeatureLens",
@@ -112,6 +112,7 @@ __all__ = [  # noqa: RUF022 - the front door first
     "FileError",
     "demo",
     "nodes",
+    "studies",
     "tasks",
     "training",
 ]

@@ -113,6 +113,19 @@ class FeatureLens:
             )
         return said.pop() if said else own_convention(need_tokenizer(self.tokenizer))
 
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What is needed to load the same model and SAEs again, as JSON values."""
+        g = self.backend.geometry
+        return {
+            "model": g.model_name,
+            "revision": self.backend.revision,
+            "backend": self.backend.host,
+            "dtype": str(g.dtype).removeprefix("torch."),
+            "saes": {str(layer): d.sae_id for layer, d in self.dictionaries.items()},
+            "versions": _versions(),
+        }
+
     def to_tokens(self, prompt: str | Sequence[Any] | Tensor) -> Int[Tensor, "batch position"]:
         """Token ids of a prompt, a list of prompts of equal length, or token ids."""
         rows = self._to_rows(prompt)
@@ -517,17 +530,10 @@ class Run:
         return [Logit(int(token)) for token in top.indices[:count]], weights
 
     def _provenance(self) -> Mapping[str, Any]:
-        g, lens = self.lens.backend.geometry, self.lens
-        return {
-            "model": g.model_name,
-            "revision": lens.backend.revision,
-            "backend": lens.backend.host,
-            "dtype": str(g.dtype).removeprefix("torch."),
-            "saes": {str(layer): d.sae_id for layer, d in lens.dictionaries.items()},
-            "prompt": self.prompts[0],
-            "token_ids": self.tokens[0].tolist(),
-            "versions": _versions(),
-        }
+        about = dict(self.lens.provenance)
+        versions = about.pop("versions")
+        about |= {"prompt": self.prompts[0], "token_ids": self.tokens[0].tolist()}
+        return about | {"versions": versions}
 
 
 class UnequalRun(Run):

@@ -305,3 +305,40 @@ def _repeats_in(row: Sequence[int], body: int) -> list[tuple[int, int, int]]:
             k = int(np.flatnonzero(lengths == lengths.max())[-1])
             found.append((d + body, k + 1 + body, int(lengths[k])))
     return found
+
+
+def fuzzy_classes(tokenizer: Any, d_vocab: int) -> Int[Tensor, " d_vocab"]:
+    """``[d_vocab]``: the same number for tokens equal but for a leading space and letter case.
+
+    Kissane et al. 2024 match induction prefixes in text this way (" cat", "cat", "Cat"). Special
+    tokens, tokens of nothing but spaces, and ids without text are each their own class; without a
+    tokenizer all are.
+    """
+    classes = torch.arange(d_vocab)
+    if tokenizer is None:
+        return classes
+    special = set(tokenizer.all_special_ids)
+    first: dict[str, int] = {}
+    for number in range(min(d_vocab, len(tokenizer))):
+        text = token_string(tokenizer, number).removeprefix(" ").lower()
+        if number not in special and text.strip():
+            classes[number] = first.setdefault(text, number)
+    return classes
+
+
+def prefix_length(
+    classes: Sequence[int] | Int[Tensor, " position"], destination: int, source: int, body: int = 0
+) -> int:
+    """How many tokens up to and including ``destination`` equal those that end before ``source``.
+
+    The copies do not overlap and do not reach below ``body``, where ordinary tokens start.
+
+    Args:
+        classes: the row's tokens, or their :func:`fuzzy_classes`.
+    """
+    row = np.asarray(classes)
+    most = max(0, min(source - body, destination - source + 1))
+    earlier = row[source - most : source][::-1]
+    later = row[destination - most + 1 : destination + 1][::-1]
+    differ = np.flatnonzero(earlier != later)
+    return int(differ[0]) if len(differ) else most

@@ -168,9 +168,9 @@ def end_logits(
     Raises:
         InputError: prompts longer than the model's context, ids it does not have.
     """
-    backend = _backend(model)
+    backend = backend_of(model)
     found: list[Tensor | None] = [None] * len(dataset)
-    for members, tokens in _batches(backend, dataset, batch_size, patterns=False):
+    for members, tokens in batches(backend, dataset, batch_size, patterns=False):
         last = backend.forward(tokens)[Site("logits")][:, -1]
         for i, row in zip(members.tolist(), last, strict=True):
             found[i] = row.clone()  # not the whole batch's logits with it
@@ -208,14 +208,14 @@ def head_scores(
     Raises:
         InputError: rows longer than the model's context, ids it does not have.
     """
-    backend = _backend(model)
+    backend = backend_of(model)
     g = backend.geometry
     sites = [Site("pattern", layer) for layer in range(g.n_layers)]
     names = ("induction", "duplicate_token", "previous_token")
     sums = {name: torch.zeros(g.n_layers, g.n_heads, dtype=torch.float64) for name in names}
     counts: dict[str, int] = dict.fromkeys(names, 0)
     repeats = dataset.repeats()
-    for members, tokens in _batches(backend, dataset, batch_size, patterns=True):
+    for members, tokens in batches(backend, dataset, batch_size, patterns=True):
         here = {int(row): i for i, row in enumerate(members)}
         mine = repeats[torch.isin(repeats[:, 0], members)]
         row = torch.tensor([here[int(r)] for r in mine[:, 0]], dtype=torch.long)
@@ -242,13 +242,14 @@ def head_scores(
     )
 
 
-def _backend(model: Any) -> Backend:
+def backend_of(model: Any) -> Backend:
+    """The backend of a ``FeatureLens``, or of any model."""
     from sae_attn_plugin.lens import FeatureLens  # the lens stands above the tasks
 
     return model.backend if isinstance(model, FeatureLens) else as_backend(model)
 
 
-def _batches(
+def batches(
     backend: Backend,
     dataset: InductionDataset | IOIDataset,
     batch_size: int | None,

@@ -1,0 +1,114 @@
+"""What a study gives back: tables, the settings that made them, a picture, a file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sae_attn_plugin.errors import FileError, InputError
+from sae_attn_plugin.io import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Study", "load_study"]
+
+_FORMAT = "sae-attn-study/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The result of a study.
+
+    Attributes:
+        name: of the study, as in ``sae-attn study NAME``.
+        settings: everything that made it: model, SAEs, arguments, versions. JSON values.
+        tables: by name, the main one first.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    tables: Mapping[str, pd.DataFrame] = field(repr=False)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The main table."""
+        return next(iter(self.tables.values()))
+
+    def plot(self) -> Figure:
+        """The study's picture."""
+        module = importlib.import_module(f"sae_attn_plugin.studies.{self.name}")
+        return module.plot(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the study as JSON, whole or not at all; :func:`load_study` reads it back exactly.
+
+        Raises:
+            FileError: the file cannot be written. InputError: a path that does not end in .json.
+        """
+        if Path(path).suffix.lower() != ".json":
+            raise InputError(f"expected a path that ends in .json, got {str(path)!r}")
+        document = {
+            "format": _FORMAT,
+            "name": self.name,
+            "settings": self.settings,
+            "tables": {
+                name: {
+                    "columns": {str(c): str(table[c].dtype) for c in table},
+                    # not pandas' own JSON, which rounds to 15 digits
+                    "rows": [list(map(_plain, row)) for row in table.itertuples(index=False)],
+                }
+                for name, table in self.tables.items()
+            },
+        }
+        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+    def _repr_html_(self) -> str:
+        import html
+
+        heading = html.escape(f"{self.name}: {self.settings.get('model', '')}")
+        parts = [f"<h4>{html.escape(n)}</h4>{t.to_html(index=False)}" for n, t in self._shown()]
+        return f"<div><h3>{heading}</h3>{''.join(parts)}</div>"
+
+    def _shown(self) -> list[tuple[str, pd.DataFrame]]:
+        return [(name, table.head(60)) for name, table in self.tables.items()]
+
+
+def load_study(path: str | Path) -> Study:
+    """Read what :meth:`Study.save` wrote.
+
+    Raises:
+        FileError: missing, damaged, or not a study.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise FileError(f"{path} is damaged or no study: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise FileError(f"{path} is no study; expected JSON with format {_FORMAT!r}")
+    try:
+        tables = {
+            name: pd.DataFrame(
+                [[float("nan") if v is None else v for v in row] for row in part["rows"]],
+                columns=list(part["columns"]),
+            ).astype(part["columns"])
+            for name, part in document["tables"].items()
+        }
+        return Study(document["name"], document["settings"], tables)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON; NaN as null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and value != value else value
