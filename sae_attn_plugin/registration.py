@@ -1,49 +1,76 @@
 """What this package adds to sae_lens.
 
-The release ``sae-attn-demo``: the attention-z SAEs of the demo model, one per layer, shipped with
-the package. ``SAE.from_pretrained("sae-attn-demo", "blocks.0.attn.hook_z")`` loads them offline.
+- training architectures ``sae_attn_standard``, ``..._gated``, ``_topk``, ``_jumprelu``,
+  ``_batchtopk``, ``_matryoshka_batchtopk``: attention-z SAEs with explicit heads, saved as plain
+  sae_lens SAEs (:mod:`sae_attn_plugin.saes`);
+- releases (:mod:`sae_attn_plugin.releases`): the demo model's SAEs, the paper authors' SAEs that
+  sae_lens does not list, Gemma Scope 2 as it takes z from models, and what
+  :func:`register_release` adds.
+
+Entries that are there already, sae_lens' own or another plugin's, are left as they are.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 if TYPE_CHECKING:
-    import torch
+    from pathlib import Path
 
 DEMO_RELEASE = "sae-attn-demo"
 DEMO_MODEL_NAME = "sae-attn-demo"
-_LOADER = "sae_attn_plugin"
-_DEMO_SAES = Path(__file__).parent / "demo" / "saes"
+
+_KEEPER = "_sae_attn_plugin_keeps_releases"
 
 
 def register() -> None:
-    """Add this package's releases and loaders to sae_lens' registries. Safe to call again."""
-    from sae_lens.loading import pretrained_sae_loaders as loaders
-    from sae_lens.loading import pretrained_saes_directory as directory
+    """Add this package's architectures, loaders and releases to sae_lens' registries.
 
-    loaders.NAMED_PRETRAINED_SAE_LOADERS.setdefault(_LOADER, _load_packaged)
-    loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS.setdefault(_LOADER, _packaged_config)
-    sae_ids = sorted(path.name for path in _DEMO_SAES.glob("blocks.*.attn.hook_z"))
-    directory.get_pretrained_saes_directory().setdefault(
-        DEMO_RELEASE,
-        directory.PretrainedSAELookup(
-            release=DEMO_RELEASE,
-            repo_id=DEMO_RELEASE,
-            model=DEMO_MODEL_NAME,
-            conversion_func=_LOADER,
-            saes_map={sae_id: sae_id for sae_id in sae_ids},
-            expected_var_explained={},
-            expected_l0={},
-            neuronpedia_id={},
-            norm_scaling_factor={},
-            config_overrides=None,
-        ),
-    )
+    Runs by itself when sae_lens is imported. Safe to call again; what is registered stays
+    registered when ``get_pretrained_saes_directory.cache_clear()`` is called.
+    """
+    from sae_lens import registry
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    from sae_attn_plugin import releases, saes
+
+    for name, (sae, config) in saes.ARCHITECTURES.items():
+        registry.SAE_TRAINING_CLASS_REGISTRY.setdefault(f"sae_attn_{name}", (sae, config))
+    for name, (load, read_config) in releases.LOADERS.items():
+        loaders.NAMED_PRETRAINED_SAE_LOADERS.setdefault(name, load)
+        loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS.setdefault(name, read_config)
+    _add_releases()
+    _survive_cache_clear()
+
+
+def _add_releases() -> None:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    from sae_attn_plugin import releases
+
+    directory = get_pretrained_saes_directory()
+    for name, lookup in releases.added(directory).items():
+        directory.setdefault(name, lookup)
+
+
+def _survive_cache_clear() -> None:
+    """Releases live in a cached dict; whoever clears the cache finds them in the next one."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    cached: Any = get_pretrained_saes_directory
+    if hasattr(cached, _KEEPER):
+        return
+    clear = cached.cache_clear
+
+    def cache_clear() -> None:
+        clear()
+        _add_releases()
+
+    cached.cache_clear = cache_clear
+    setattr(cached, _KEEPER, clear)
 
 
 def register_when_imported() -> None:
@@ -51,37 +78,25 @@ def register_when_imported() -> None:
     wrapt.register_post_import_hook(lambda _module: register(), "sae_lens")
 
 
-def _packaged_config(
-    repo_id: str,
-    folder_name: str,
-    device: str = "cpu",
-    force_download: bool = False,  # noqa: ARG001 - sae_lens' loader protocol
-    cfg_overrides: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    from sae_attn_plugin.errors import InputError
+def register_release(name: str, model: str, saes: Mapping[str, str | Path]) -> None:
+    """Give SAEs on disk a release name, for this process.
 
-    folder = _DEMO_SAES / folder_name
-    if repo_id != DEMO_RELEASE or not (folder / "cfg.json").is_file():
-        known = ", ".join(sorted(path.name for path in _DEMO_SAES.iterdir()))
-        raise InputError(f"release {repo_id!r} has no SAE {folder_name!r}; it has: {known}")
-    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    return {**config, "device": device, **(cfg_overrides or {})}
+    ``SAE.from_pretrained(name, sae_id)``, ``FeatureLens(model, name)``, :func:`sap.load_saes` and
+    :func:`sap.releases` then know them.
 
+    Args:
+        name: of the release.
+        model: name of the model the SAEs belong to.
+        saes: SAE id to where it is: a folder with ``cfg.json`` and ``sae_weights.safetensors``
+            (sae_lens' own format), or a ``.pt`` file with its ``_cfg.json`` beside it (the format
+            of Kissane et al.).
 
-def _load_packaged(
-    repo_id: str,
-    folder_name: str,
-    device: str = "cpu",
-    force_download: bool = False,
-    cfg_overrides: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
-    from safetensors.torch import load_file
+    Raises:
+        InputError: no SAEs, or a release of that name that holds something else.
+        FileError: a path with no SAE in it.
+    """
+    from sae_attn_plugin import releases
 
-    config = _packaged_config(repo_id, folder_name, device, force_download, cfg_overrides)
-    folder = _DEMO_SAES / folder_name
-    sparsity = folder / "sparsity.safetensors"
-    return (
-        config,
-        load_file(folder / "sae_weights.safetensors", device=device),
-        load_file(sparsity, device=device)["sparsity"] if sparsity.is_file() else None,
-    )
+    register()
+    releases.add_local(name, model, saes)
+    _add_releases()
