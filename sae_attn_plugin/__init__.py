@@ -17,7 +17,7 @@ from sae_attn_plugin.graphs.files import load, save
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sae_attn_plugin import demo, nodes, studies, tasks, training
+    from sae_attn_plugin import demo, nodes, saes, studies, tasks, training
     from sae_attn_plugin.attribution.dfa import DFA
     from sae_attn_plugin.attribution.qk import QKAttribution
     from sae_attn_plugin.attribution.table import Attribution
@@ -38,13 +38,16 @@ if TYPE_CHECKING:
     from sae_attn_plugin.interventions.validate import Agreement, Validation, validate
     from sae_attn_plugin.lens import FeatureLens, Run
     from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node
-    from sae_attn_plugin.registration import register
+    from sae_attn_plugin.pretrained import releases
+    from sae_attn_plugin.registration import register, register_release
+    from sae_attn_plugin.saes import AttentionSAE
 
 # public name -> where it lives
 _PUBLIC = {
     "AblateFeature": "interventions.edits",
     "AddToStream": "interventions.edits",
     "Agreement": "interventions.validate",
+    "AttentionSAE": "saes",
     "Architecture": "backends.architectures",
     "Attribution": "attribution.table",
     "BackendError": "errors",
@@ -70,11 +73,13 @@ _PUBLIC = {
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
     "register": "registration",
+    "register_release": "registration",
+    "releases": "pretrained",
     "register_architecture": "backends.architectures",
     "strongest_paths": "graphs.paths",
     "validate": "interventions.validate",
 }
-_MODULES = ("demo", "nodes", "studies", "tasks", "training")
+_MODULES = ("demo", "nodes", "saes", "studies", "tasks", "training")
 
 __all__ = [  # noqa: RUF022 - the front door first
     "FeatureLens",
@@ -102,7 +107,10 @@ __all__ = [  # noqa: RUF022 - the front door first
     "load",
     "draw",
     "strongest_paths",
+    "AttentionSAE",
+    "releases",
     "register",
+    "register_release",
     "Architecture",
     "register_architecture",
     "SaeAttnError",
@@ -112,6 +120,7 @@ __all__ = [  # noqa: RUF022 - the front door first
     "FileError",
     "demo",
     "nodes",
+    "saes",
     "studies",
     "tasks",
     "training",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sae_attn_plugin.backends.protocol import Geometry
 from sae_attn_plugin.errors import FileError, InputError, UnsupportedError
+from sae_attn_plugin.heads import join, only_head
 
 __all__ = ["Dictionary", "head_attribution", "load_saes", "place"]
 
@@ -272,11 +273,9 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
         raise InputError(f"{name} was given for layer {layer}, but its hook is in layer {found}")
     if found >= geometry.n_layers:
         raise InputError(f"{name}: {geometry.model_name} has only {geometry.n_layers} layers")
-    if metadata.hook_head_index is not None:
-        raise UnsupportedError(
-            f"{name} reads only head {metadata.hook_head_index}; SAEs of a single head are not "
-            "supported yet: use one on all heads of a layer"
-        )
+    head, whole = metadata.hook_head_index, geometry
+    if head is not None:
+        geometry, name = replace(geometry, n_heads=1), f"{name}, head {head}"
     width = geometry.n_heads * geometry.d_head
     if cfg.d_in != width:
         raise InputError(
@@ -298,7 +297,7 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
             raise InputError(f"{name}: {key} holds NaN or infinity")
     b_dec = sae.b_dec.detach()
     density = getattr(sae, "sparsity", None)
-    return Dictionary(
+    made = Dictionary(
         layer=found,
         n_heads=geometry.n_heads,
         d_head=geometry.d_head,
@@ -313,6 +312,7 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
         metadata=metadata.to_dict(),
         **parts,
     )
+    return made if head is None else only_head(made, head, whole)
 
 
 def place(saes: Any, geometry: Geometry) -> dict[int, Dictionary]:
@@ -323,7 +323,7 @@ def place(saes: Any, geometry: Geometry) -> dict[int, Dictionary]:
             name or anything (the hook names in the SAEs' metadata say where they belong).
 
     Raises:
-        InputError: nothing given, or two SAEs for one layer.
+        InputError: nothing given, or two SAEs for one layer, unless they are of different heads.
     """
     if isinstance(saes, str | Path):
         saes = load_saes(saes, device=str(geometry.device))
@@ -334,22 +334,17 @@ def place(saes: Any, geometry: Geometry) -> dict[int, Dictionary]:
         items = ((None, sae) for sae in saes)
     else:
         items = [(None, saes)]
-    placed: dict[int, Dictionary] = {}
+    found: dict[int, list[Dictionary]] = {}
     for key, sae in items:
         if not hasattr(sae, "cfg") or not hasattr(sae, "W_dec"):
             raise InputError(
                 f"expected sae_lens SAEs, a release name or a folder, got {type(sae).__name__}"
             )
         dictionary = from_sae(sae, geometry, key if isinstance(key, int) else None)
-        if dictionary.layer in placed:
-            raise InputError(
-                f"two SAEs for hook_z of layer {dictionary.layer}: "
-                f"{placed[dictionary.layer].sae_id!r} and {dictionary.sae_id!r}; give one"
-            )
-        placed[dictionary.layer] = dictionary
-    if not placed:
+        found.setdefault(dictionary.layer, []).append(dictionary)
+    if not found:
         raise InputError("no SAEs given; expected at least one")
-    return dict(sorted(placed.items()))
+    return {layer: join(found[layer]) for layer in sorted(found)}
 
 
 def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
@@ -385,9 +380,8 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         found = {}
         for folder in folders:
             with _explain(f"the SAE in {folder}"):
-                found[folder.name] = _with_density(
-                    SAE.load_from_disk(folder, device=device), folder
-                )
+                sae = _with_density(SAE.load_from_disk(folder, device=device), folder)
+                found[folder.name] = _with_heads(sae)
         return found
     directory = get_pretrained_saes_directory()
     if str(source) not in directory:
@@ -402,7 +396,7 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
             )
         if density is not None:
             sae.sparsity = density
-        loaded[sae_id] = sae
+        loaded[sae_id] = _with_heads(sae, str(source))
     return loaded
 
 
@@ -413,6 +407,23 @@ def _explain(what: str) -> Iterator[None]:
     except Exception as error:  # sae_lens, safetensors, json and the hub each raise their own
         first = (str(error).strip().splitlines() or [""])[0]
         raise FileError(f"cannot load {what}: {type(error).__name__}: {first}") from error
+
+
+def _with_heads(sae: Any, release: str | None = None) -> Any:
+    """An SAE on z with its heads written down, where they are known; others as they are."""
+    from sae_attn_plugin.pretrained import mark
+    from sae_attn_plugin.saes import AttentionSAE, heads_of, layer_of, repaired
+
+    if release is not None:
+        mark(sae, release)
+    if layer_of(sae.cfg.metadata.hook_name) is None:
+        return sae
+    sae = repaired(sae, release)
+    try:
+        heads_of(sae.cfg)
+        return AttentionSAE.of(sae)
+    except (InputError, UnsupportedError):
+        return sae
 
 
 def _with_density(sae: Any, folder: Path) -> Any:

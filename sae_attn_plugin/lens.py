@@ -32,6 +32,7 @@ from sae_attn_plugin.backends import as_backend
 from sae_attn_plugin.backends.protocol import Capture, capture, uncapped_logits
 from sae_attn_plugin.dictionaries import place
 from sae_attn_plugin.errors import InputError, UnsupportedError
+from sae_attn_plugin.heads import fit
 from sae_attn_plugin.interventions import apply
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote, unquote
@@ -84,7 +85,7 @@ class FeatureLens:
         remote: bool | str = False,
     ) -> None:
         self.backend = as_backend(model, tokenizer, remote)
-        self.dictionaries = place(saes, self.backend.geometry)
+        self.dictionaries = fit(place(saes, self.backend.geometry), self.backend)
         self._prepend_bos = prepend_bos
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 - training architectures ``sae_attn_standard``, ``..._gated``, ``_topk``, ``_jumprelu``,
   ``_batchtopk``, ``_matryoshka_batchtopk``: attention-z SAEs with explicit heads, saved as plain
   sae_lens SAEs (:mod:`sae_attn_plugin.saes`);
-- releases (:mod:`sae_attn_plugin.releases`): the demo model's SAEs, the paper authors' SAEs that
+- releases (:mod:`sae_attn_plugin.pretrained`): the demo model's SAEs, the paper authors' SAEs that
   sae_lens does not list, Gemma Scope 2 as it takes z from models, and what
   :func:`register_release` adds.
 
@@ -35,11 +35,11 @@ def register() -> None:
     from sae_lens import registry
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
-    from sae_attn_plugin import releases, saes
+    from sae_attn_plugin import pretrained, saes
 
     for name, (sae, config) in saes.ARCHITECTURES.items():
         registry.SAE_TRAINING_CLASS_REGISTRY.setdefault(f"sae_attn_{name}", (sae, config))
-    for name, (load, read_config) in releases.LOADERS.items():
+    for name, (load, read_config) in pretrained.LOADERS.items():
         loaders.NAMED_PRETRAINED_SAE_LOADERS.setdefault(name, load)
         loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS.setdefault(name, read_config)
     _add_releases()
@@ -49,10 +49,10 @@ def register() -> None:
 def _add_releases() -> None:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    from sae_attn_plugin import releases
+    from sae_attn_plugin import pretrained
 
     directory = get_pretrained_saes_directory()
-    for name, lookup in releases.added(directory).items():
+    for name, lookup in pretrained.added(directory).items():
         directory.setdefault(name, lookup)
 
 
@@ -81,8 +81,8 @@ def register_when_imported() -> None:
 def register_release(name: str, model: str, saes: Mapping[str, str | Path]) -> None:
     """Give SAEs on disk a release name, for this process.
 
-    ``SAE.from_pretrained(name, sae_id)``, ``FeatureLens(model, name)``, :func:`sap.load_saes` and
-    :func:`sap.releases` then know them.
+    ``SAE.from_pretrained(name, sae_id)``, ``FeatureLens(model, name)``, :func:`load_saes` and
+    :func:`releases` then know them.
 
     Args:
         name: of the release.
@@ -95,8 +95,8 @@ def register_release(name: str, model: str, saes: Mapping[str, str | Path]) -> N
         InputError: no SAEs, or a release of that name that holds something else.
         FileError: a path with no SAE in it.
     """
-    from sae_attn_plugin import releases
+    from sae_attn_plugin import pretrained
 
     register()
-    releases.add_local(name, model, saes)
+    pretrained.add_local(name, model, saes)
     _add_releases()

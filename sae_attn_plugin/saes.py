@@ -330,7 +330,7 @@ class AttentionSAE(_HeadGeometry, SAE[Any]):
         **options: Any,
     ) -> AttentionSAE:
         """``SAE.from_pretrained``, then :meth:`of`."""
-        from sae_attn_plugin.releases import mark
+        from sae_attn_plugin.pretrained import mark
 
         loaded = SAE.from_pretrained(release, sae_id, *args, **options)
         mark(loaded, release)

@@ -154,10 +154,10 @@ def _nan(sae: Any) -> None:
             r"blocks\.3\.attn\.hook_z.* has only 3 layers",
         ),
         (
-            {"metadata": metadata(hook_head_index=2), "d_in": 6, "reshape_activations": "none"},
+            {"metadata": metadata(hook_head_index=5), "d_in": 6, "reshape_activations": "none"},
             None,
-            sap.UnsupportedError,
-            "reads only head 2",
+            sap.InputError,
+            r"of head 5, but \S+ has heads 0\.\.4",
         ),
         ({}, _nan, sap.InputError, "W_dec holds NaN"),
     ],

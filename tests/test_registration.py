@@ -11,6 +11,7 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 import sae_attn_plugin as sap
+from sae_attn_plugin import pretrained
 from sae_attn_plugin.registration import DEMO_RELEASE
 
 
@@ -53,8 +54,13 @@ for old, new in zip(before, tables):
     assert all(new[name] is old[name] for name in old)
 print([sorted(set(new) - set(old)) for old, new in zip(before, tables)])
 """
-    added = [[DEMO_RELEASE], ["sae_attn_plugin"], [], ["sae_attn_plugin"], []]
-    assert in_new_process(code).strip().splitlines()[-1] == str(added)
+    added = in_new_process(code).strip().splitlines()[-1]
+    training = [f"sae_attn_{name}" for name in sorted(sap.saes.ARCHITECTURES)]
+    releases = sorted(pretrained.added(get_pretrained_saes_directory()))
+    again = [name for name in get_pretrained_saes_directory() if name.endswith("-hook-z")]
+    loaders = ["sae_attn_plugin", "sae_attn_plugin_paper"]
+    assert len(again) == 18
+    assert added == str([sorted({*releases, *again}), loaders, [], loaders, training])
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
