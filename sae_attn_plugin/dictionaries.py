@@ -381,7 +381,7 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         for folder in folders:
             with _explain(f"the SAE in {folder}"):
                 sae = _with_density(SAE.load_from_disk(folder, device=device), folder)
-                found[folder.name] = _with_heads(sae)
+            found[folder.name] = _with_heads(sae)
         return found
     directory = get_pretrained_saes_directory()
     if str(source) not in directory:

@@ -358,16 +358,15 @@ class AttentionSAE(_HeadGeometry, SAE[Any]):
                 f"{self._name()} normalises its input ({self.cfg.normalize_activations}): a shift "
                 "of z is no shift of what it reads"
             )
-        new = copy.deepcopy(self)
-        flat = offset.flatten() if self.head is None else offset[self.head]
-        flat = flat.to(self.b_dec)
+        new: Any = copy.deepcopy(self)
+        flat = (offset.flatten() if self.head is None else offset[self.head]).to(self.b_dec)
         if not self.cfg.apply_b_dec_to_input:  # else b_dec takes it off
-            moved = flat @ self.W_enc
-            if isinstance(getattr(new, "b_enc", None), Tensor):
+            moved = flat @ new.W_enc
+            if new.b_enc is not None:
                 new.b_enc -= moved
             else:
                 new.b_gate -= moved
-                new.b_mag -= moved * self.r_mag.exp()
+                new.b_mag -= moved * new.r_mag.exp()
         new.b_dec += flat
         return new
 
@@ -410,6 +409,7 @@ def repaired(sae: SAE[Any], release: str | None = None) -> SAE[Any]:
     metadata = sae.cfg.metadata
     if (
         isinstance(sae, AttentionSAE)
+        or sae.cfg.architecture() not in _INFERENCE
         or layer_of(metadata.hook_name) is None
         or metadata.hook_head_index is not None
         or sae.cfg.reshape_activations == "hook_z"

@@ -188,8 +188,8 @@ def test_saes_trained_on_folded_z_see_it(architecture: str, subtract: bool) -> N
     lens = sap.FeatureLens(model, sae)
     run = lens.run(TOKENS)
     dense = torch.zeros_like(expected)
-    for row in run.features(layer=1).itertuples():
-        dense[row.position, row.feature] = row.activation
+    found = run.features(layer=1)
+    dense[found.position, found.feature] = torch.tensor(found.activation)
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=5e-6)
     # what the SAE leaves over of z is the same on either side of the folding
     own = z_of(model, 1)
@@ -231,6 +231,6 @@ def test_single_heads_on_folded_z() -> None:
     for sae in saes:
         sae.cfg.metadata.value_biases = "folded"
     dense = torch.zeros_like(expected)
-    for row in sap.FeatureLens(model, saes).run(TOKENS).features(layer=1).itertuples():
-        dense[row.position, row.feature] = row.activation
+    found = sap.FeatureLens(model, saes).run(TOKENS).features(layer=1)
+    dense[found.position, found.feature] = torch.tensor(found.activation)
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=5e-6)
