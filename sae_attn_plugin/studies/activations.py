@@ -1,0 +1,54 @@
+"""Which features fire where in rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_attn_plugin.attribution.frozen import algebra_dtype
+from sae_attn_plugin.backends.protocol import Site
+
+if TYPE_CHECKING:
+    from sae_attn_plugin.lens import FeatureLens
+
+__all__ = ["fired"]
+
+_AT_ONCE = 2**25  # features of positions held dense, 128 MB in float32
+
+
+def fired(
+    lens: FeatureLens, layers: Sequence[int], tokens: Int[Tensor, "row position"]
+) -> dict[int, dict[str, Tensor]]:
+    """Every firing of the SAEs of ``layers``, from one forward pass.
+
+    Returns:
+        By layer: ``row``, ``position``, ``feature``, ``activation``, each ``[firing]``, sorted by
+        row and position.
+    """
+    dtype = algebra_dtype(lens.backend.geometry.dtype)
+    device = lens.backend.geometry.device
+    run = lens.backend.forward(tokens, reads=[Site("z", layer) for layer in layers])
+    length = tokens.shape[1]
+    found = {}
+    for layer in layers:
+        dictionary = lens.dictionaries[layer]
+        z = run[Site("z", layer)].to(device, dtype).flatten(0, 1)
+        parts = {"place": [], "feature": [], "activation": []}
+        step = max(1, _AT_ONCE // dictionary.d_sae)
+        for start in range(0, len(z), step):
+            encoded = dictionary.encode(z[start : start + step])
+            parts["place"].append(encoded.position + start)
+            parts["feature"].append(encoded.feature)
+            parts["activation"].append(encoded.activation)
+        place = torch.cat(parts["place"])
+        found[layer] = {
+            "row": place // length,
+            "position": place % length,
+            "feature": torch.cat(parts["feature"]),
+            "activation": torch.cat(parts["activation"]),
+        }
+    return found
