@@ -122,11 +122,25 @@ RECIPES = {
 
 
 class _Frozen(TorchFunctionMode):
-    """Cuts the gradient through attention weights and norm scales, wherever they arise."""
+    """Cuts the gradient through attention weights and norm scales, wherever they arise.
+
+    Attributes:
+        scores: by layer, ``[head, query, key]`` before any soft-cap and softmax.
+    """
+
+    def __init__(self, soft_cap: float | None = None) -> None:
+        super().__init__()
+        self.soft_cap = soft_cap
+        self.scores: list[torch.Tensor] = []
+        self._before_cap: torch.Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "tanh" and args[0].ndim == 4 and self.soft_cap is not None:
+            self._before_cap = args[0] * self.soft_cap
+        if name == "softmax" and args[0].ndim == 4:
+            self.scores.append((args[0] if self._before_cap is None else self._before_cap)[0])
         if name == "layer_norm":
             x, weight, bias, eps = args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"]
             centred = x - x.mean(-1, keepdim=True)
@@ -171,11 +185,13 @@ class FrozenAutograd:
             ]
         handles.append(model.get_output_embeddings().register_forward_hook(self._keep_logits))
         try:
-            with _Frozen(), torch.enable_grad():
+            cap = getattr(model.config, "attn_logit_softcapping", None)
+            with _Frozen(cap) as frozen, torch.enable_grad():
                 model(torch.tensor([tokens]), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+        self.scores = frozen.scores
 
     def _leaf(self, name: str, *shape: int) -> torch.Tensor:
         self.leaves[name] = torch.ones(self.n, *shape, dtype=torch.float64, requires_grad=True)
@@ -210,6 +226,14 @@ class FrozenAutograd:
 
     def _keep_logits(self, _module: Any, _args: Any, out: torch.Tensor) -> None:
         self.logits = out[0]
+
+    def leaf(self, node: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The leaf tensor of a node id, and where in it the node stands."""
+        body, position = node.split("@")
+        kind, *numbers = body.split(":")
+        if kind == "attn":
+            return self.leaves[f"attn:{numbers[0]}"], (int(position), int(numbers[1]))
+        return self.leaves[body], (int(position),)
 
     def edges(self, node: Any, tokens: tuple[int, int]) -> tuple[dict[str, float], float]:
         """In-edges by node id, and the constant, of a feature or a difference of two logits."""
