@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, SetFeature
     from sae_attn_plugin.interventions.validate import Agreement, Validation, validate
     from sae_attn_plugin.lens import FeatureLens, Run
-    from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node
+    from sae_attn_plugin.nodes import Direction, Feature, HeadScore, Logit, LogitDiff, Node
     from sae_attn_plugin.pretrained import releases
     from sae_attn_plugin.registration import register, register_release
     from sae_attn_plugin.saes import AttentionSAE
@@ -57,6 +57,7 @@ _PUBLIC = {
     "Feature": "nodes",
     "FeatureLens": "lens",
     "FileError": "errors",
+    "HeadScore": "nodes",
     "InputError": "errors",
     "InterventionResult": "interventions.apply",
     "Logit": "nodes",
@@ -91,6 +92,7 @@ __all__ = [  # noqa: RUF022 - the front door first
     "Logit",
     "LogitDiff",
     "Direction",
+    "HeadScore",
     "Node",
     "AblateFeature",
     "AddToStream",

@@ -20,9 +20,11 @@ from sae_attn_plugin.attribution.frozen import FrozenRun, freeze
 from sae_attn_plugin.attribution.qk import (
     FrozenScores,
     QKAttribution,
+    ScoreReader,
     check_pattern,
     freeze_scores,
     qk_attribution,
+    score_reader,
 )
 from sae_attn_plugin.attribution.rdfa import edges_by_head, sweep
 from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
@@ -35,7 +37,17 @@ from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.heads import fit
 from sae_attn_plugin.interventions import apply
 from sae_attn_plugin.interventions.edits import Edit
-from sae_attn_plugin.nodes import Direction, Feature, Logit, LogitDiff, Node, Target, quote, unquote
+from sae_attn_plugin.nodes import (
+    Direction,
+    Feature,
+    HeadScore,
+    Logit,
+    LogitDiff,
+    Node,
+    Target,
+    quote,
+    unquote,
+)
 from sae_attn_plugin.tokens import (
     as_index,
     check_ids,
@@ -462,7 +474,7 @@ class Run:
         number = single_token(self.lens.tokenizer, token, d_vocab)
         return number, quote(token_label(self.lens.tokenizer, number, d_vocab))
 
-    def _resolve(self, target: Target) -> tuple[Node, StreamReader | Feature]:
+    def _resolve(self, target: Target) -> tuple[Node, StreamReader | ScoreReader | Feature]:
         run = self.frozen
         if isinstance(target, Feature):
             layer, position = (
@@ -472,9 +484,12 @@ class Run:
             feature = self.resolve_feature(layer, target.feature)
             node = Node("attn", position, layer=layer, feature=feature)
             return node, Feature(layer, feature, position)
+        if isinstance(target, HeadScore):
+            return self._resolve_score(target)
         if not isinstance(target, Logit | LogitDiff | Direction):
             raise InputError(
-                f"expected a Feature, Logit, LogitDiff or Direction as target, got {target!r}"
+                "expected a Feature, Logit, LogitDiff, Direction or HeadScore as target, got "
+                f"{target!r}"
             )
         position = self.resolve_position(target.position)
         bias = run.b_U
@@ -508,6 +523,14 @@ class Run:
             raise InputError("Direction: the vector holds NaN or infinity")
         node = Node("direction", position, label=quote(target.name))
         return node, logit_reader(run, target.vector.to(run.embed.device), position)
+
+    def _resolve_score(self, target: HeadScore) -> tuple[Node, ScoreReader]:
+        layer, head = self._resolve_any_layer(target.layer), as_index(target.head, "head")
+        query, key = self.resolve_position(target.query), self.resolve_position(target.key)
+        scores = self._checked_scores(layer, query)
+        reader = score_reader(scores, head, query, key, target.side)
+        label = None if target.side == "both" else target.side
+        return Node("score", query, layer=layer, head=head, key=key, label=label), reader
 
     def _logits(self, tokens: list[int], position: int) -> Float[Tensor, " token"]:
         """Logits of some tokens as the model computed them, before any soft-cap, in float64."""

@@ -16,6 +16,8 @@ kind               id                              what it is
 ``logit``          ``logit:" Mary"@14``            a logit; a token id is written ``logit:#5335@14``
 ``logit_diff``     ``logit_diff:" Mary"-" John"@14``  logit of the first minus the second
 ``direction``      ``direction:"name"@14``         a direction of the final normalised residual
+``score``          ``score:7.3:10@14``             score of head 7.3 from query 14 to key 10;
+                                                   ``score:7.3:10:query@14``: with the key held
 ``const``          ``const:attn:5:7515@10``        the constant of a target, a row of its ledger
 =================  ==============================  ================================================
 """
@@ -25,7 +27,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae_attn_plugin.errors import InputError
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from jaxtyping import Float
 
-__all__ = ["Direction", "Feature", "Logit", "LogitDiff", "Node", "Target"]
+__all__ = ["Direction", "Feature", "HeadScore", "Logit", "LogitDiff", "Node", "Target"]
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # as str(int) writes it
 # kind -> what stands between its name and "@position"
@@ -48,9 +50,11 @@ _PATTERNS: dict[str, str] = {
     "logit": r":(?P<label>.+)",
     "logit_diff": r":(?P<label>.+)",
     "direction": r":(?P<label>.+)",
+    "score": rf":(?P<layer>{_NUMBER})\.(?P<head>{_NUMBER}):(?P<key>{_NUMBER})"
+    r"(:(?P<label>query|key))?",
 }
 KINDS: tuple[str, ...] = (*_PATTERNS, "const")
-TARGET_KINDS: tuple[str, ...] = ("logit", "logit_diff", "direction")
+TARGET_KINDS: tuple[str, ...] = ("logit", "logit_diff", "direction", "score")
 _KIND = re.compile(r"[a-z_]+")
 _REGEX = {
     kind: re.compile(rf"{kind}{body}@(?P<position>{_NUMBER})", re.DOTALL)
@@ -62,6 +66,7 @@ _LABELS = {
     "logit": re.compile(_TOKEN, re.DOTALL),
     "logit_diff": re.compile(rf"{_TOKEN}-{_TOKEN}", re.DOTALL),
     "direction": re.compile(_JSON, re.DOTALL),
+    "score": re.compile("query|key"),
 }
 
 
@@ -70,7 +75,8 @@ class Node:
     """One node of an attribution graph. ``str(node)`` is its id.
 
     ``label`` is the part of a logit or direction id between the kind and the position, quoted as
-    JSON; ``of`` is the target whose constant a ``const`` node is.
+    JSON, or the side a score is followed on; ``of`` is the target whose constant a ``const`` node
+    is; ``key`` is the key position of a score.
     """
 
     kind: str
@@ -80,6 +86,7 @@ class Node:
     head: int | None = None
     label: str | None = None
     of: Node | None = None
+    key: int | None = None
 
     def __str__(self) -> str:
         match self.kind:
@@ -93,6 +100,9 @@ class Node:
                 body = ""
             case "logit" | "logit_diff" | "direction":
                 body = f":{self.label}"
+            case "score":
+                side = "" if self.label is None else f":{self.label}"
+                body = f":{self.layer}.{self.head}:{self.key}{side}"
             case "const":
                 return f"const:{self.of}"
             case _:
@@ -197,4 +207,25 @@ class Direction:
     name: str = "direction"
 
 
-Target = Feature | Logit | LogitDiff | Direction
+@dataclass(frozen=True)
+class HeadScore:
+    """Target: a head's pre-softmax score from a query to a key, before any soft-cap.
+
+    The score is a product of what writes the query and what writes the key. ``side`` says who gets
+    it: ``"query"`` (the key held), ``"key"`` (the query held), or ``"both"``, half of each. The
+    ledger closes to the score each way.
+    """
+
+    layer: int
+    head: int
+    query: int
+    key: int
+    side: Literal["query", "key", "both"] = "both"
+
+    @property
+    def position(self) -> int:
+        """The query's."""
+        return self.query
+
+
+Target = Feature | Logit | LogitDiff | Direction | HeadScore

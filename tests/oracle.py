@@ -100,6 +100,13 @@ class Oracle:
         return torch.stack([split[head // copies] for head in range(self.n_heads)])
 
     def _pattern(self, layer: int, x: Tensor) -> Tensor:
+        q, k = self._queries_and_keys(layer, x)
+        scores = q @ k.transpose(-1, -2) / self.d_head**0.5
+        mask = torch.ones(self.n, self.n, dtype=torch.bool).tril()
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+    def _queries_and_keys(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[head, position, d_head]`` each, rotated."""
         if self.gpt2:
             q, k, _ = self._linear(x, self._name(layer, "attn.c_attn")).chunk(3, dim=-1)
         else:
@@ -108,9 +115,7 @@ class Oracle:
         q, k = self._heads(q), self._heads(k)
         if not self.gpt2:
             q, k = self._rotate(q), self._rotate(k)
-        scores = q @ k.transpose(-1, -2) / self.d_head**0.5
-        mask = torch.ones(self.n, self.n, dtype=torch.bool).tril()
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return q, k
 
     def _rotate(self, x: Tensor) -> Tensor:
         theta = self.model.config.rope_parameters["rope_theta"]
@@ -280,6 +285,8 @@ class Oracle:
             case ("direction", vector, position):
                 final = self._norm(streams[-1], self._last_norm, self._sigma(self.resid_final))
                 return final[position] @ vector.double()
+            case ("score", layer, head, query, key, side):
+                return self._score(layer, head, query, key, side, streams[layer])
             case ("logit", token, position):
                 vector = self.w["lm_head.weight"][token]
             case ("logit_diff", correct, wrong, position):
@@ -287,6 +294,18 @@ class Oracle:
             case _:
                 raise ValueError(target)
         return self._target(("direction", vector, position), streams)
+
+    def _score(
+        self, layer: int, head: int, query: int, key: int, side: str, stream: Tensor
+    ) -> Tensor:
+        """A score with one side live and the other as in the plain run; for both, half of each."""
+        plain = self.layers[layer].resid_pre
+        name, sigma = self._first_norm(layer), self._sigma(plain)
+        held_q, held_k = self._queries_and_keys(layer, self._norm(plain, name, sigma))
+        q, k = self._queries_and_keys(layer, self._norm(stream, name, sigma))
+        by_query = q[head, query] @ held_k[head, key] / self.d_head**0.5
+        by_key = held_q[head, query] @ k[head, key] / self.d_head**0.5
+        return {"query": by_query, "key": by_key, "both": (by_query + by_key) / 2}[side]
 
     def _edges(
         self, values: Tensor, leaves: dict[tuple[str, int], Tensor]
@@ -324,8 +343,8 @@ class Oracle:
 
         Args:
             targets: by any name: ``("attn", layer, feature, position)``, ``("logit", token,
-                position)``, ``("logit_diff", correct, wrong, position)`` or ``("direction",
-                vector, position)``.
+                position)``, ``("logit_diff", correct, wrong, position)``, ``("direction",
+                vector, position)`` or ``("score", layer, head, query, key, side)``.
         """
         leaves = self._leaves()
         streams = self._streams(leaves)

@@ -61,8 +61,10 @@ NUMBERED = [
     Node("logit_diff", 14, label=f"{quote(5)}-{quote(6)}"),
     Node("logit_diff", 14, label=f"{quote(5)}-{quote('x')}"),
 ]
-TARGETS = [PLAIN[0], *LABELLED, *PAIRS, *NUMBERED]
-EVERY = [*PLAIN, *LABELLED, *PAIRS, *NUMBERED, *(Node("const", t.position, of=t) for t in TARGETS)]
+SCORES = [Node("score", 14, layer=7, head=3, key=10, label=side) for side in (None, "query", "key")]
+TARGETS = [PLAIN[0], *LABELLED, *PAIRS, *NUMBERED, *SCORES]
+CONSTANTS = [Node("const", t.position, of=t) for t in TARGETS]
+EVERY = [*PLAIN, *LABELLED, *PAIRS, *NUMBERED, *SCORES, *CONSTANTS]
 
 
 @pytest.mark.parametrize("node", EVERY, ids=lambda node: ascii(str(node))[:60])
@@ -88,6 +90,8 @@ def test_every_kind_is_covered_and_no_ids_collide() -> None:
         (PLAIN[7], "pos@4"),
         (Node("logit", 14, label=quote(" Mary")), 'logit:" Mary"@14'),
         (Node("logit_diff", 14, label='" Mary"-" John"'), 'logit_diff:" Mary"-" John"@14'),
+        (SCORES[0], "score:7.3:10@14"),
+        (SCORES[1], "score:7.3:10:query@14"),
         (Node("const", 10, of=PLAIN[0]), "const:attn:5:7515@10"),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenRun
+from sae_attn_plugin.attribution.qk import ScoreReader
 from sae_attn_plugin.attribution.readers import StreamReader, feature_readers
 from sae_attn_plugin.attribution.writers import WriterTable
 from sae_attn_plugin.nodes import Feature
@@ -113,7 +114,7 @@ class _Rows:
 def sweep(
     run: FrozenRun,
     writers: WriterTable,
-    roots: Sequence[StreamReader | Feature],
+    roots: Sequence[StreamReader | ScoreReader | Feature],
     root_weights: Sequence[float],
     *,
     node_budget: int | None = None,
@@ -162,6 +163,19 @@ def sweep(
             _push(
                 influence, torch.from_numpy(columns).to(device), weights, start[number : number + 1]
             )
+        elif isinstance(root, ScoreReader):
+            columns, weights = root.edges(writers)
+            rows.add(
+                np.array([number]),
+                2 * n_layers + 1,  # a root, which nothing reads
+                columns,
+                weights[None],
+                torch.tensor([root.constant], dtype=torch.float64),
+                torch.tensor([root.value], dtype=torch.float64),
+                edges_per_target,
+            )
+            at = torch.from_numpy(columns).to(device)
+            _push(influence, at, weights[None], start[number : number + 1])
 
     remaining = node_budget
     for layer in range(n_layers - 1, -1, -1):
@@ -199,7 +213,9 @@ def sweep(
     return rows.finish(numbers, root_weight, influence.numpy(force=True))
 
 
-def _number_roots(writers: WriterTable, roots: Sequence[StreamReader | Feature]) -> list[int]:
+def _number_roots(
+    writers: WriterTable, roots: Sequence[StreamReader | ScoreReader | Feature]
+) -> list[int]:
     """Node numbers of the roots: their writer's row where they are active features."""
     numbers, extra = [], len(writers)
     for root in roots:

@@ -132,13 +132,17 @@ class Attribution:
 
     def edges_by_head(self) -> pd.DataFrame:
         """Edges into features with one row per head; they sum to the edge. ``head`` is missing on
-        edges into logits, which pass through no head."""
+        edges into logits and scores, which pass through no head's values."""
         frame = self.edges
         target = np.repeat(self.flow.target, np.diff(self.flow.start))[self.flow.weight != 0]
         source = self.flow.source[self.flow.weight != 0]
         parsed = {int(n): self._node(int(n)) for n in self.flow.target}
         layer = np.array(
-            [-1 if (i := parsed[int(n)].layer) is None else i for n in target], dtype=int
+            [
+                -1 if (t := parsed[int(n)]).kind == "score" or t.layer is None else t.layer
+                for n in target
+            ],
+            dtype=int,
         )
         frames = [frame[layer < 0].assign(head=pd.NA)]
         for number in np.unique(layer[layer >= 0]):

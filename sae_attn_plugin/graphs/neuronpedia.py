@@ -39,6 +39,7 @@ _TYPES = {
     "logit": "logit",
     "logit_diff": "logit",
     "direction": "logit",
+    "score": "logit",
     "const": "bias",
 }
 
@@ -232,6 +233,10 @@ class _Writer:
                 return f"Pos: {node.position}"
             case "const":
                 return f"Constant: {node.of}"
+            case "score":
+                shown = f"{quote(self.tokens[node.key or 0])}, key {node.key}"
+                side = "" if node.label is None else f" ({node.label} side)"
+                return f"Score of head {node.layer}.{node.head}: {token} looks at {shown}{side}"
         assert node.label is not None
         parts = [
             f'"{part}"' if isinstance(part, str) else f"#{part}" for part in unquote(node.label)

@@ -41,6 +41,7 @@ _STYLES: dict[str, tuple[str, str, str]] = {  # kind -> marker, fill, name in th
     "logit": ("*", "#222222", "logit"),
     "logit_diff": ("*", "#222222", "logit difference"),
     "direction": ("*", "#222222", "direction"),
+    "score": ("*", "#222222", "attention score"),
 }
 _FONT = "DejaVu Sans"  # ships with matplotlib
 _LABEL, _TOKEN, _TITLE = 7.0, 9.0, 12.0  # points
@@ -268,6 +269,9 @@ class _Scene:
             label = str(node.feature)
         elif node.kind == "head":
             label = f"{node.layer}.{node.head}"
+        elif node.kind == "score":
+            side = "" if node.label is None else f" ({node.label} side)"
+            label = f"{node.layer}.{node.head}: {node.position} → {node.key}{side}"
         elif node.kind in TARGET_KINDS:
             label = self.writing.clean((node.label or "").replace('"-"', '" − "'), 40)
         else:

@@ -174,6 +174,8 @@ def _as_target(node: Node) -> Feature | Logit | LogitDiff:
         assert node.layer is not None
         assert node.feature is not None
         return Feature(node.layer, node.feature, node.position)
+    if node.kind == "score":
+        raise InputError(f"{node} cannot be measured: interventions do not read attention scores")
     if node.kind == "direction":
         raise InputError(f"{node} cannot be measured: the graph does not hold its vector")
     first, *second = unquote(node.label or "")
