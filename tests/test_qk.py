@@ -111,9 +111,9 @@ def test_terms_match_autograd(name: str) -> None:
         assert abs(float(score.detach()) - qk.score) <= 1e-10 * size
         leaves = list(oracle.leaves.values())
         first = torch.autograd.grad(score, leaves, create_graph=True, allow_unused=True)
-        slope = {id(leaf): gradient for leaf, gradient in zip(leaves, first, strict=True)}
+        slope: Any = {id(leaf): gradient for leaf, gradient in zip(leaves, first, strict=True)}
 
-        def derivative(node: str, of: dict[int, torch.Tensor | None] = slope) -> torch.Tensor:
+        def derivative(node: str, of: Any = slope) -> torch.Tensor:
             leaf, at = oracle.leaf(node)
             gradient = of[id(leaf)]
             return torch.zeros(()) if gradient is None else gradient[at]
@@ -157,7 +157,7 @@ def test_constants_are_the_models_biases(name: str) -> None:
         without = lens.run([TOKENS]).qk(0, 2, 6, 3)
     assert "b_Q" not in without.query_nodes
     size = float(qk.weights.abs().sum())
-    held = float(qk.by_query["b_Q"])
+    held = qk.by_query.to_dict()["b_Q"]
     assert abs(held) > 1e-3
     assert abs(qk.score - without.score - held) <= 1e-10 * size
 
