@@ -156,7 +156,10 @@ def test_bos_needs_a_bos_token() -> None:
         (sap.Direction(torch.full((30,), math.nan)), "the vector holds NaN"),
         (sap.Direction([1.0] * 30), r"Direction: expected a vector \[30\], got a list"),  # type: ignore[arg-type]
         (sap.Direction(torch.ones(30), 9), "position 9 is out of range"),
-        ("logit", "expected a Feature, Logit, LogitDiff or Direction as target, got 'logit'"),
+        (
+            "logit",
+            "expected a Feature, Logit, LogitDiff, Direction or HeadScore as target, got 'logit'",
+        ),
         (5, "as target, got 5"),
         ([], "no target given"),
         ([sap.Logit(5), sap.Logit("w5")], 'the same target twice: logit:"w5"@6'),
