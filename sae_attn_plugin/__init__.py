@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         SaeAttnError,
         UnsupportedError,
     )
+    from sae_attn_plugin.graphs.enrich import enrich
+    from sae_attn_plugin.graphs.html import Page, graph_to_html, page, show
     from sae_attn_plugin.graphs.paths import strongest_paths
     from sae_attn_plugin.graphs.picture import draw
     from sae_attn_plugin.interventions.apply import InterventionResult
@@ -63,6 +65,7 @@ _PUBLIC = {
     "Logit": "nodes",
     "LogitDiff": "nodes",
     "Node": "nodes",
+    "Page": "graphs.html",
     "QKAttribution": "attribution.qk",
     "Run": "lens",
     "SaeAttnError": "errors",
@@ -70,13 +73,17 @@ _PUBLIC = {
     "UnsupportedError": "errors",
     "Validation": "interventions.validate",
     "draw": "graphs.picture",
+    "enrich": "graphs.enrich",
+    "graph_to_html": "graphs.html",
     "head_attribution": "dictionaries",
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
+    "page": "graphs.html",
     "register": "registration",
     "register_release": "registration",
     "releases": "pretrained",
     "register_architecture": "backends.architectures",
+    "show": "graphs.html",
     "strongest_paths": "graphs.paths",
     "validate": "interventions.validate",
 }
@@ -108,6 +115,11 @@ __all__ = [  # noqa: RUF022 - the front door first
     "save",
     "load",
     "draw",
+    "show",
+    "page",
+    "Page",
+    "enrich",
+    "graph_to_html",
     "strongest_paths",
     "AttentionSAE",
     "releases",

@@ -62,6 +62,8 @@ from sae_attn_plugin.tokens import (
 if TYPE_CHECKING:
     import networkx as nx
 
+    from sae_attn_plugin.graphs.html import Page
+
 _PROGRESS_LAYERS = 12  # fewer layers are done before a bar could be read
 _TOP_LOGITS, _TOP_PROBABILITY = 10, 0.95  # as circuit-tracer's default targets
 
@@ -435,6 +437,28 @@ class Run:
         scores, g = self._scores(layer), self.lens.backend.geometry
         check_pattern(scores, query, g.dtype, f"{g.model_name} on {self.lens.backend.host}")
         return scores
+
+    def page(
+        self,
+        target: Target | Sequence[Target] | None = None,
+        *,
+        nodes: float = 0.8,
+        edges: float = 0.98,
+        max_nodes: int | None = None,
+        node_budget: int | None = 2000,
+        **options: Any,
+    ) -> Page:
+        """:meth:`graph` as an HTML page with DFA, edges by head and QK pairs.
+
+        ``run.page(target).save("graph.html")`` writes one offline file; a notebook shows the page.
+        ``options`` are those of :func:`sae_attn_plugin.page`.
+        """
+        from sae_attn_plugin.graphs.html import page
+
+        graph = self.graph(
+            target, nodes=nodes, edges=edges, max_nodes=max_nodes, node_budget=node_budget
+        )
+        return page(self, graph, **options)
 
     # -- resolving -------------------------------------------------------------------------------
 

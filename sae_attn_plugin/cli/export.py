@@ -28,6 +28,7 @@ class Format(str, Enum):
     gexf = "gexf"
     neuronpedia = "neuronpedia"
     mib = "mib"
+    html = "html"
 
 
 def export(

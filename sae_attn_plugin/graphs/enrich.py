@@ -38,20 +38,22 @@ def enrich(
         run: the run of that prompt, with the same model and SAEs.
         max_features: so many attention features get DFA, the most influential first; None: all.
         heads: split edges into features by head.
-        qk: add the strongest query-key pairs of the heads that carry most of the most influential
-            features.
+        qk: add the strongest query-key pairs behind the attention that carries most of the most
+            influential features.
         examples: by ``(layer, feature)``, texts on which the feature is active: dicts with
             ``"tokens"`` and ``"activations"``, lists of equal length.
 
     Returns:
         A new graph of the same type. Feature nodes have ``dfa``, a dict of
         ``by_head_and_source`` (``[n_heads][position + 1]``, in units of the pre-activation) and
-        ``constant``; some ``qk``, a list of dicts of ``head``, ``query``, ``key``, ``score``,
-        ``terms`` (``[query node, key node, weight]``) and ``rest``. Edges into features have
-        ``by_head``, a dict such as ``{"5.1": weight}``.
+        ``constant``; some ``qk``, a list of dicts of ``head``, ``query``, ``key``, ``pattern`` (the
+        attention weight), ``score``, ``relative_score``, ``terms`` (``[query node, key node,
+        weight]``) and ``rest``, what all other terms add. Edges into features have ``by_head``, a
+        dict such as ``{"5.1": weight}``.
 
     Raises:
         InputError: a graph of another prompt or of other SAEs, or examples of another form.
+        UnsupportedError: ``qk`` on a model whose scores are not known here; pass ``qk=False``.
     """
     if graph.graph.get("token_ids") != run.tokens[0].tolist() or len(run) != 1:
         raise InputError("the graph is of another prompt than the run; expected its own")
@@ -67,8 +69,8 @@ def enrich(
         _add_dfa(result.nodes[name], nodes[name], run)
     if heads and not result.is_multigraph():
         _add_heads(result, nodes, run)
-    if qk and hasattr(run, "qk"):
-        for name in features[:_QK_NODES]:
+    if qk:
+        for name in features[:max_features][:_QK_NODES]:
             _add_qk(result.nodes[name], nodes[name], run)
     for name in features if examples else ():
         node = nodes[name]
@@ -118,38 +120,30 @@ def _add_heads(graph: nx.DiGraph, nodes: Mapping[str, Node], run: Run) -> None:
             }
 
 
-def _add_qk(attributes: dict[str, Any], node: Node, run: Any) -> None:
+def _add_qk(attributes: dict[str, Any], node: Node, run: Run) -> None:
     """The strongest pairs behind the scores of the heads and sources that carry most of it."""
     split = attributes.get("dfa", {}).get("by_head_and_source")
     if not split:
         return
-    cells = sorted(
-        ((abs(value), head, key) for head, row in enumerate(split) for key, value in enumerate(row)),
-        reverse=True,
-    )[:_QK_HEADS]
+    assert node.layer is not None
+    sizes = np.abs(np.array(split))
+    strongest = np.argsort(-sizes, axis=None, kind="stable")[:_QK_HEADS]
     found = []
-    for _, head, key in cells:
+    for cell in strongest.tolist():
+        head, key = divmod(cell, sizes.shape[1])
         qk = run.qk(layer=node.layer, head=head, query=node.position, key=key)
-        terms = qk.terms
-        strongest = terms["weight"].abs().sort_values(ascending=False, kind="stable").index
-        top = terms.loc[strongest[:_QK_PAIRS]]
-        columns = list(top.columns[:2])
-        pairs = [
-            [str(query), str(other), _short(float(weight))]
-            for query, other, weight in zip(
-                top[columns[0]], top[columns[1]], top["weight"], strict=True
-            )
-        ]
-        score = float(qk.score)
-        rest = score - float(top["weight"].sum())
+        top = qk.top(_QK_PAIRS)
+        pairs = zip(top["query_node"], top["key_node"], top["weight"], strict=True)
         found.append(
             {
                 "head": head,
                 "query": node.position,
                 "key": key,
-                "score": _short(score),
-                "terms": pairs,
-                "rest": _short(rest),
+                "pattern": _short(float(qk.pattern)),
+                "score": _short(float(qk.score)),
+                "relative_score": _short(float(qk.relative_score)),
+                "terms": [[str(one), str(other), _short(float(w))] for one, other, w in pairs],
+                "rest": _short(float(qk.score) - float(top["weight"].sum())),
             }
         )
     attributes["qk"] = found

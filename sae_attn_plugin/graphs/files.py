@@ -40,6 +40,7 @@ def save(
     ``"gexf"``         ``.gexf``         GEXF 1.2, for Gephi                           exact
     ``"neuronpedia"``  ``.json``         graph JSON of Neuronpedia, circuit-tracer     no
     ``"mib"``          ``.json``         circuit JSON of MIB and EAP-IG, by head       no
+    ``"html"``         ``.html``         a page that shows it, offline                 no
     =================  ================  ============================================  ============
 
     Args:
@@ -52,7 +53,8 @@ def save(
         options: of ``"native"``: ``heads`` (:func:`~sae_attn_plugin.graphs.native.write`); of
             ``"neuronpedia"``: ``slug``, ``scan``, ``source_set``, ``no_feature``, ``cantor``,
             ``create_time_ms`` (:func:`~sae_attn_plugin.graphs.neuronpedia.to_neuronpedia`); of
-            ``"mib"``: ``run``, which it needs (:func:`~sae_attn_plugin.graphs.mib.to_mib`).
+            ``"mib"``: ``run``, which it needs (:func:`~sae_attn_plugin.graphs.mib.to_mib`); of
+            ``"html"``: ``title``.
 
     Raises:
         InputError: unknown format, ending or option, or something in the graph that the format
@@ -79,7 +81,11 @@ def load(path: str | Path) -> Any:
         FileError: missing, foreign, damaged, or written by a newer version; says where and what.
     """
     read = _format_of(path).read
-    assert read is not None  # what an ending alone picks can be read
+    if read is None:
+        raise InputError(
+            f"{str(path)!r} is written for others to read; load the graph's own file, such as its "
+            ".json"
+        )
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -138,6 +144,12 @@ def _write_mib(graph: nx.DiGraph, **options: Any) -> bytes:
             "head: save(..., format='mib', run=run)"
         )
     return _dump_document(to_mib(graph, **options))
+
+
+def _write_html(graph: nx.DiGraph, **options: Any) -> bytes:
+    from sae_attn_plugin.graphs.html import page_html
+
+    return page_html(graph, **options).encode("utf-8")
 
 
 def _room(name: str) -> tuple[Callable[..., bytes], Callable[[bytes], Any]]:
@@ -342,6 +354,7 @@ _FORMATS: dict[str, _Format] = {  # of those with the same ending, the first is 
         options=("slug", "scan", "source_set", "no_feature", "cantor", "create_time_ms"),
     ),
     "mib": _Format(".json", _write_mib, options=("run",)),
+    "html": _Format(".html", _write_html, options=("title",)),
 }
 FORMATS = tuple(_FORMATS)
 ENDINGS = tuple(dict.fromkeys(known.ending for known in _FORMATS.values()))

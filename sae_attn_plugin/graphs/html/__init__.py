@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -23,7 +24,9 @@ from sae_attn_plugin.nodes import TARGET_KINDS, Node, unquote
 if TYPE_CHECKING:
     import networkx as nx
 
-__all__ = ["graph_to_html", "page_data", "page_html", "script", "style"]
+    from sae_attn_plugin.lens import Run
+
+__all__ = ["Page", "graph_to_html", "page", "page_data", "page_html", "script", "show", "style"]
 
 _SCRIPTS = ("text.js", "model.js", "layout.js", "plot.js", "panel.js", "page.js")
 _DIGITS = 7  # more than float32 holds
@@ -60,7 +63,7 @@ _BODY = "html, body, #sae-attn-page { height: 100%; margin: 0; }\n"
 
 @cache
 def _asset(name: str) -> str:
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
+    return (resources.files("sae_attn_plugin.graphs.html") / name).read_text(encoding="utf-8")
 
 
 def script() -> str:
@@ -195,10 +198,73 @@ def graph_to_html(graph: nx.DiGraph, path: str | Path, *, title: str | None = No
         InputError: an empty graph, an attribute that is no JSON, another ending.
         FileError: the file cannot be written.
     """
-    if Path(path).suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"expected a path that ends in .html, got {str(path)!r}")
-    data = page_html(graph, title=title).encode("utf-8")
-    write_atomically(path, lambda file: file.write(data))
+    show(graph, title=title).save(path)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that shows a graph: displayed by notebooks, or saved as a file.
+
+    Attributes:
+        html: the whole file.
+        height: in a notebook, in pixels.
+    """
+
+    html: str = field(repr=False)
+    height: int = 680
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.html`` file, whole or not at all.
+
+        Raises:
+            InputError: another ending.
+            FileError: the file cannot be written.
+        """
+        if Path(path).suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"expected a path that ends in .html, got {str(path)!r}")
+        data = self.html.encode("utf-8")
+        write_atomically(path, lambda file: file.write(data))
+
+    def _repr_html_(self) -> str:
+        # A frame of its own, which can run its script and open links, and reach nothing else.
+        return (
+            f'<iframe sandbox="allow-scripts allow-popups" title="Attribution graph" '
+            f'srcdoc="{html.escape(self.html, quote=True)}" '
+            f'style="width:100%;height:{int(self.height)}px;border:1px solid #8886;'
+            f'border-radius:10px"></iframe>'
+        )
+
+
+def show(graph: nx.DiGraph, *, title: str | None = None, height: int = 680) -> Page:
+    """A page for a graph, to look at in a notebook or to save.
+
+    Args:
+        graph: from :meth:`Run.graph` or :meth:`Attribution.to_networkx`.
+        title: of the window. None: the targets.
+        height: in a notebook, in pixels.
+
+    Raises:
+        InputError: an empty graph, or an attribute that is no JSON.
+    """
+    return Page(page_html(graph, title=title), height)
+
+
+def page(run: Run, graph: nx.DiGraph, *, title: str | None = None, **options: Any) -> Page:
+    """A page for a graph with what the run knows besides: DFA, edges by head, QK pairs.
+
+    Args:
+        run: the run of the graph's prompt.
+        graph: from :meth:`Run.graph` or :meth:`Attribution.to_networkx` on that run.
+        title: of the window. None: the targets.
+        options: of :func:`~sae_attn_plugin.graphs.enrich.enrich`: ``max_features``, ``heads``,
+            ``qk``, ``examples``.
+
+    Raises:
+        InputError: a graph of another prompt or of other SAEs.
+    """
+    from sae_attn_plugin.graphs.enrich import enrich
+
+    return show(enrich(graph, run, **options), title=title)
 
 
 def _digest(text: str) -> str:
@@ -206,8 +272,10 @@ def _digest(text: str) -> str:
 
 
 def _inert(data: Any) -> str:
-    """JSON that no parser of HTML can take for anything else: ASCII, without ``<``, ``>``, ``&``."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    """JSON that no parser of HTML takes for anything else: ASCII, without ``<``, ``>``, ``&``."""
+    text = json.dumps(
+        data, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True
+    )
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

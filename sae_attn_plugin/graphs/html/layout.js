@@ -32,19 +32,19 @@
       // the largest picture that fits; of those, the one with the fewest lines
       if (!best || scale > best.scale * 1.001) best = { ...plan, scale };
     }
-    const spareX = Math.max(0, width - best.width);
-    const spareY = Math.max(0, height - best.height);
+    const spareX = Math.max(0, width / best.scale - best.width);
+    const spareY = Math.max(0, height / best.scale - best.height);
     const filled = best.columns.map((column) => column.filled);
     const weightX = filled.reduce((sum, is) => sum + (is ? 3 : 1), 0);
     let x = 0;
     const columns = best.columns.map((column, position) => {
-      const size = column.size + Math.min((spareX * (filled[position] ? 3 : 1)) / weightX, 90);
+      const size = column.size + Math.min((spareX * (filled[position] ? 3 : 1)) / weightX, 90 / best.scale);
       const place = { position, x, size, middle: x + size / 2, filled: filled[position] };
       x += size;
       return place;
     });
     let y = 0;
-    const stretch = rows.length ? Math.min(spareY / rows.length, 70) : 0;
+    const stretch = rows.length ? Math.min(spareY / rows.length, 70 / best.scale) : 0;
     const placed = [...rows].reverse().map((row) => {
       const size = best.heights.get(row.key) + stretch;
       const place = { ...row, y, size, middle: y + size / 2 };

@@ -34,6 +34,12 @@
       this.timing = {};
       this.root = el("div", { class: "sag", "data-theme": "auto" });
       element.replaceChildren(this.root);
+      this.root.addEventListener("keydown", (event) => {
+        if (event.key !== "Escape" || event.defaultPrevented) return;
+        const last = this.plot.current || this.plot.shownItems()[0];
+        this.escape();
+        this.plot.focus(last);
+      });
       this.media = window.matchMedia("(prefers-color-scheme: dark)");
       this.onMedia = () => this.plot.readColours();
       this.media.addEventListener("change", this.onMedia);
@@ -359,6 +365,7 @@
       this.marks.clear();
       this.afterGroups();
       this.select(key);
+      this.plot.focus(this.itemOf(key)); // what had the focus may be inside now
       return key;
     }
 

@@ -251,8 +251,11 @@
           return el("details", { class: "sag-qk", open: one === node.qk[0] },
             el("summary", {}, `Head ${node.layer}.${one.head} from `,
               sag.bdi(sag.quoted(this.model.token(one.query))), ` (${one.query}) to `,
-              sag.bdi(sag.quoted(this.model.token(one.key))), ` (${one.key}): score `,
-              el("span", { class: "sag-num" }, sag.signed(one.score))),
+              sag.bdi(sag.quoted(this.model.token(one.key))), ` (${one.key}): `,
+              el("b", { class: "sag-num" }, sag.percent(one.pattern)), " of its attention"),
+            el("p", { class: "sag-note" }, `Score ${sag.signed(one.score)}`,
+              one.relative_score === undefined ? "" :
+                `, against its other keys ${sag.signed(one.relative_score)}`, ". Its terms:"),
             el("ul", { class: "sag-pairs" }, one.terms.map(([query, key, weight]) =>
               el("li", {}, this.inline(query), el("span", { class: "sag-times" }, "×"),
                 this.inline(key), this.weight(weight, Math.abs(weight) / most)))),

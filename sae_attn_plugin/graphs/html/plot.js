@@ -3,7 +3,7 @@
   "use strict";
 
   const { el, svg } = sag;
-  const MARGIN = { left: 58, right: 14, top: 16, bottom: 58 };
+  const MARGIN = { left: 58, right: 14, top: 24, bottom: 58 };
   const WAIT = 110; // ms a pointer rests on a node before its card shows
   const MOST_LIT = 300;
 
@@ -470,9 +470,12 @@
       if (this.tokenWidths === undefined) {
         this.tokenWidths = this.tokenElements.map((node) => node.firstChild.offsetWidth);
       }
-      const tight = this.plan.columns.some(
-        (column, i) => column.filled && (this.tokenWidths[i] || 0) > column.size * k + 6
-      );
+      const filled = this.plan.columns.filter((column) => column.filled);
+      const tight = filled.some((column, i) => {
+        const next = filled[i + 1];
+        const both = next && (this.tokenWidths[column.position] + this.tokenWidths[next.position]) / 2;
+        return next && both + 3 > (next.middle - column.middle) * k;
+      });
       this.tokensBox.classList.toggle("is-steep", tight);
       let free = -Infinity;
       this.plan.columns.forEach((column, i) => {
