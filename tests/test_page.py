@@ -622,8 +622,9 @@ def test_token_text_is_inert(show: Open, tmp_path: Path) -> None:
     assert page.title() == "“</script><b>”"
     for name in graph:
         page.evaluate("id => saeAttnPage.select(id)", name)
-        node_at(page, name).hover()
-        page.locator(".sag-card").wait_for(state="visible")
+        if name.startswith("attn"):
+            node_at(page, name).hover()
+            page.locator(".sag-card").wait_for(state="visible")
     page.locator(".sag-search input").fill("script")
     page.evaluate(
         "names => saeAttnPage.group(names, '</script><img src=x onerror=hacked=1>')",

@@ -253,9 +253,8 @@
               sag.bdi(sag.quoted(this.model.token(one.query))), ` (${one.query}) to `,
               sag.bdi(sag.quoted(this.model.token(one.key))), ` (${one.key}): `,
               el("b", { class: "sag-num" }, sag.percent(one.pattern)), " of its attention"),
-            el("p", { class: "sag-note" }, `Score ${sag.signed(one.score)}`,
-              one.relative_score === undefined ? "" :
-                `, against its other keys ${sag.signed(one.relative_score)}`, ". Its terms:"),
+            el("p", { class: "sag-note" }, 
+              `Score ${sag.signed(one.score)}, the sum of these terms and all others:`),
             el("ul", { class: "sag-pairs" }, one.terms.map(([query, key, weight]) =>
               el("li", {}, this.inline(query), el("span", { class: "sag-times" }, "×"),
                 this.inline(key), this.weight(weight, Math.abs(weight) / most)))),
