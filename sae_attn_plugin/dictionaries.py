@@ -1,11 +1,14 @@
-"""sae_lens SAEs as the attribution engine sees them: linear maps with explicit head geometry.
+"""sae_lens SAEs and transcoders as the attribution engine sees them: linear maps with a place.
 
 sae_lens objects are read, never attached, moved or changed. Every architecture with a linear
 pre-activation is brought to one form (:class:`Dictionary`):
 
     pre_i = encoder_scale_i * (W_enc[:, i] . (normalise(x) - b_in)) + b_enc_i
     f     = activation(pre)
-    x_hat = denormalise(f @ (W_dec * decoder_scale) + b_dec)
+    y_hat = denormalise(f @ (W_dec * decoder_scale) + b_dec) + x @ W_skip
+
+An SAE reads what it writes. A transcoder reads the MLP's input, writes its output, and does not
+denormalise.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -25,29 +28,61 @@ from torch import Tensor
 from sae_attn_plugin.backends.protocol import Geometry
 from sae_attn_plugin.errors import FileError, InputError, UnsupportedError
 from sae_attn_plugin.heads import join, only_head
+from sae_attn_plugin.nodes import FeatureKind
 
-__all__ = ["Dictionary", "head_attribution", "load_saes", "place"]
+__all__ = ["Dictionary", "head_attribution", "load_saes", "place", "place_mlp"]
 
-_HOOK_NAMES = re.compile(r"blocks\.(\d+)\.(attn\.hook_z|attn\.o\.hook_in|hook_z)")
+# Where a dictionary reads and writes. ``mlp_stream`` is the residual stream that the MLP's norm
+# reads, ``mlp_normalised`` that stream centred and scaled but without the norm's gain and bias
+# (TransformerLens' ln2.hook_normalized), ``mlp_in`` the input of the MLP itself; ``mlp_raw`` is
+# the MLP's output before a post-norm, ``mlp_out`` what it adds to the residual stream.
+Reads = Literal["z", "attn_out", "mlp_stream", "mlp_normalised", "mlp_in", "mlp_out"]
+Writes = Literal["z", "attn_out", "mlp_raw", "mlp_out"]
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_ATTENTION_HOOKS: dict[str, Reads] = {
+    "attn.hook_z": "z",
+    "attn.o.hook_in": "z",
+    "hook_z": "z",
+    "hook_attn_out": "attn_out",
+    "ln1_post.hook_out": "attn_out",
+}
+_MLP_INPUT_HOOKS: dict[str, Reads] = {
+    "hook_resid_mid": "mlp_stream",
+    "hook_mlp_in": "mlp_stream",
+    "ln2.hook_in": "mlp_stream",
+    "ln2.hook_normalized": "mlp_normalised",
+    "mlp.hook_in": "mlp_in",
+    "ln2.hook_out": "mlp_in",
+}
+_MLP_OUTPUT_HOOKS: dict[str, Writes] = {
+    "hook_mlp_out": "mlp_out",
+    "ln2_post.hook_out": "mlp_out",
+    "mlp.hook_out": "mlp_raw",
+}
 _NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm", "constant_norm_rescale")
 _LAYER_NORM_EPS = 1e-5  # sae_lens' run_time_activation_ln_in
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """An attention-z SAE with its head geometry.
+    """An SAE or transcoder of one layer, with the head geometry of the model.
 
     Attributes:
-        layer: the layer whose z it reads and writes.
-        n_heads, d_head: how ``d_in`` splits, head-major as in ``hook_z.flatten(-2)``.
-        W_enc: ``[d_in, d_sae]``, W_dec: ``[d_sae, d_in]``: the SAE's own tensors.
-        b_enc: ``[d_sae]``; b_dec: ``[d_in]``; b_in: ``[d_in]`` or None, what is subtracted from
+        layer: the layer it belongs to.
+        n_heads, d_head: of the model; z splits by them, head-major as in ``hook_z.flatten(-2)``.
+        W_enc: ``[d_in, d_sae]``, W_dec: ``[d_sae, d_out]``: the SAE's own tensors; ``d_out`` is
+            ``d_in`` but for transcoders.
+        b_enc: ``[d_sae]``; b_dec: ``[d_out]``; b_in: ``[d_in]`` or None, what is subtracted from
             the input (``b_dec`` where the SAE applies it).
         encoder_scale, decoder_scale: ``[d_sae]`` or None.
         activation: pre-activations ``[n, d_sae]`` and encoder inputs ``[n, d_in]`` to features.
         normalisation: sae_lens' ``normalize_activations``.
         log_density: log10 firing frequency per feature ``[d_sae]``, where known.
         sae_id, metadata: for provenance.
+        reads, writes: the sites of its input and output.
+        W_skip: ``[d_in, d_out]`` of a transcoder with a skip connection, which takes the input
+            before any normalisation of the transcoder's own; else None.
     """
 
     layer: int
@@ -66,6 +101,35 @@ class Dictionary:
     log_density: Float[Tensor, " d_sae"] | None = None
     sae_id: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    reads: Reads = "z"
+    writes: Writes = "z"
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
+
+    @property
+    def kind(self) -> FeatureKind:
+        """Of its features' nodes."""
+        if self.writes in ("z", "attn_out"):
+            return "attn"
+        return "mlp_sae" if self.reads == self.writes else "tc"
+
+    @property
+    def hook(self) -> str:
+        """Where it belongs, in words."""
+        if self.kind == "tc":
+            return f"transcoders from {self.reads} to {self.writes}"
+        return f"SAEs on hook_{self.reads}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it reconstructs at one position: ``(n_heads, d_head)`` or ``(d_out,)``."""
+        if self.writes == "z":
+            return self.n_heads, self.d_head
+        return (self.W_dec.shape[1],)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what it reads at one position."""
+        return (self.n_heads, self.d_head) if self.reads == "z" else (self.W_enc.shape[0],)
 
     @property
     def d_sae(self) -> int:
@@ -91,9 +155,10 @@ class Dictionary:
             case _:
                 return x, one, zero
 
-    def encode(self, z: Float[Tensor, "n head d_head"]) -> Encoded:
-        """Features of ``z``; sae_lens' ``encode`` on the same input, with pre-activations kept."""
-        x = z.flatten(-2)
+    def encode(self, x: Float[Tensor, "n ..."]) -> Encoded:
+        """Features of what it reads; sae_lens' ``encode`` on the same input, with pre-activations
+        kept."""
+        x = x.flatten(-len(self.input_shape))
         x, scale, mean = self.normalise(x)
         if self.b_in is not None:
             x = x - self.b_in.to(x.dtype)
@@ -112,10 +177,9 @@ class Dictionary:
             mean=mean,
         )
 
-    def encoder(
-        self, features: Int[Tensor, " n"], dtype: torch.dtype
-    ) -> Float[Tensor, "n head d_head"]:
-        """Rows ``w_{i,h}`` with ``pre_i = sum_h w_{i,h} . z^h + c_i``, before normalisation scales.
+    def encoder(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n ..."]:
+        """Rows ``w_i`` with ``pre_i = w_i . x + c_i``, before normalisation scales; for z split by
+        head.
 
         With ``layer_norm`` the rows are centred, since the mean is linear in the input.
         """
@@ -124,7 +188,7 @@ class Dictionary:
             rows = rows * self.encoder_scale[features, None].to(dtype)
         if self.normalisation == "layer_norm":
             rows = rows - rows.mean(-1, keepdim=True)
-        return rows.unflatten(-1, (self.n_heads, self.d_head))
+        return rows.unflatten(-1, self.input_shape)
 
     def constants(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
         """``c_i``: what of the pre-activation no input carries."""
@@ -140,27 +204,38 @@ class Dictionary:
         """What the frozen normalisation divides the input by."""
         return scale + _LAYER_NORM_EPS if self.normalisation == "layer_norm" else scale
 
-    def decoder(
-        self, features: Int[Tensor, " n"], dtype: torch.dtype
-    ) -> Float[Tensor, "n head d_head"]:
+    def output_scale(self, scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... 1"]:
+        """What the frozen normalisation multiplies the output with; transcoders have none."""
+        return torch.ones_like(scale) if self.kind == "tc" else scale
+
+    def decoder(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n ..."]:
         """Decoder rows, before the normalisation's output scale."""
         rows = self.W_dec[features].to(dtype)
         if self.decoder_scale is not None:
             rows = rows * self.decoder_scale[features, None].to(dtype)
-        return rows.unflatten(-1, (self.n_heads, self.d_head))
+        return rows.unflatten(-1, self.shape)
 
-    def bias(self, scale: Tensor, mean: Tensor) -> Float[Tensor, "... head d_head"]:
-        """What the reconstruction holds without any feature, ``[..., head, d_head]``."""
-        return (self.b_dec.to(scale.dtype) * scale + mean).unflatten(
-            -1, (self.n_heads, self.d_head)
-        )
+    def bias(self, scale: Tensor, mean: Tensor) -> Float[Tensor, "n ..."]:
+        """What the reconstruction holds without any feature (and without a skip connection)."""
+        b_dec = self.b_dec.to(scale.dtype)
+        if self.kind == "tc":
+            return b_dec.expand(len(scale), -1)
+        return (b_dec * scale + mean).unflatten(-1, self.shape)
 
-    def decode(self, encoded: Encoded) -> Float[Tensor, "n head d_head"]:
-        """The reconstruction of z from its sparse features."""
+    def strength(self, encoded: Encoded) -> Float[Tensor, " n"]:
+        """What each active feature multiplies its decoder row with."""
+        return encoded.activation * self.output_scale(encoded.scale)[encoded.position, 0]
+
+    def decode(self, encoded: Encoded) -> Float[Tensor, "n ..."]:
+        """The reconstruction from sparse features, without a skip connection."""
         out = self.bias(encoded.scale, encoded.mean).clone()
         rows = self.decoder(encoded.feature, encoded.activation.dtype)
-        weights = (encoded.activation * encoded.scale[encoded.position, 0])[:, None, None]
+        weights = self.strength(encoded).reshape(-1, *[1] * len(self.shape))
         return out.index_add_(0, encoded.position, weights * rows)
+
+    def skip(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"] | None:
+        """What the skip connection writes, if there is one."""
+        return None if self.W_skip is None else x @ self.W_skip.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -233,13 +308,19 @@ _ARCHITECTURES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "topk": _topk,
     "gated": _gated,
 }
+_TRANSCODERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "transcoder": _standard,
+    "skip_transcoder": _standard,
+    "jumprelu_transcoder": _jumprelu,
+    "jumprelu_skip_transcoder": _jumprelu,
+}
 
 
 def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictionary:
-    """See a sae_lens SAE as a dictionary of a model.
+    """See a sae_lens SAE of an attention layer as a dictionary of a model.
 
     Args:
-        sae: a sae_lens SAE on ``hook_z``.
+        sae: a sae_lens SAE on ``hook_z`` or ``hook_attn_out``.
         geometry: the model it belongs to.
         layer: default: from the hook name in the SAE's metadata.
 
@@ -247,41 +328,159 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
         InputError: hook name unknown or of another site, ``d_in`` that does not fit.
         UnsupportedError: an architecture or normalisation without a linear pre-activation.
     """
-    cfg = sae.cfg
-    metadata = cfg.metadata
-    architecture = cfg.architecture()
-    hook_name = metadata.hook_name
-    name = f"the {architecture} SAE on {hook_name!r}"
-    if architecture not in _ARCHITECTURES:
-        reason = (
-            "its pre-activation is not linear in its input"
-            if architecture in ("temporal", "matching_pursuit")
-            else "its architecture is not known"
-        )
-        raise UnsupportedError(
-            f"{name} cannot be attributed: {reason}; supported: {', '.join(_ARCHITECTURES)} "
-            "(sae_lens saves batchtopk and matryoshka SAEs as jumprelu: save and reload them)"
-        )
-    match = _HOOK_NAMES.fullmatch(hook_name or "")
-    if match is None:
+    g, cfg = geometry, sae.cfg
+    hook_name = cfg.metadata.hook_name
+    name = f"the {cfg.architecture()} SAE on {hook_name!r}"
+    if cfg.architecture() in _TRANSCODERS:
+        raise InputError(f"{name} is a transcoder; give it as FeatureLens(..., transcoders=)")
+    _check_architecture(cfg.architecture(), _ARCHITECTURES, name)
+    found, site = _split_hook_name(hook_name)
+    if site in ("hook_mlp_out", "ln2_post.hook_out", "mlp.hook_out"):
+        raise InputError(f"{name} is of an MLP; give it as FeatureLens(..., transcoders=)")
+    if site not in _ATTENTION_HOOKS:
         raise InputError(
-            f"unknown hook name {hook_name!r}; expected 'blocks.LAYER.attn.hook_z' in the SAE's "
-            "metadata (sae.cfg.metadata.hook_name)"
+            f"unknown hook name {hook_name!r}; expected 'blocks.LAYER.attn.hook_z' or "
+            "'blocks.LAYER.hook_attn_out' in the SAE's metadata (sae.cfg.metadata.hook_name)"
         )
-    found = int(match.group(1))
+    _check_layer(found, layer, g, name)
+    reads, head, whole = _ATTENTION_HOOKS[site], cfg.metadata.hook_head_index, g
+    if head is not None and reads == "z":
+        g, name = replace(g, n_heads=1), f"{name}, head {head}"
+    width = g.n_heads * g.d_head if reads == "z" else g.d_model
+    if cfg.d_in != width:
+        what = (
+            f"hook_z of {g.model_name} is {g.n_heads} heads x {g.d_head} = {width} wide"
+            if reads == "z"
+            else f"hook_attn_out of {g.model_name} is {width} wide"
+        )
+        raise InputError(f"{name} has d_in {cfg.d_in}, but {what}")
+    made = _read(sae, _ARCHITECTURES, g, found, name, {"reads": reads, "writes": reads})
+    return only_head(made, head, whole) if head is not None and reads == "z" else made
+
+
+def from_mlp(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictionary:
+    """See a sae_lens transcoder, or an SAE on ``hook_mlp_out``, as a dictionary of a model.
+
+    A cross-layer transcoder that was loaded as per-layer transcoders is one of these.
+
+    Raises:
+        InputError: hook names that are not an MLP's input and output of one layer, widths that do
+            not fit.
+        UnsupportedError: an architecture or normalisation without a linear pre-activation.
+    """
+    g, cfg = geometry, sae.cfg
+    metadata, architecture = cfg.metadata, cfg.architecture()
+    name = f"the {architecture} SAE on {metadata.hook_name!r}"
+    if architecture not in _TRANSCODERS:
+        _check_architecture(architecture, _ARCHITECTURES, name)
+    if not g.has_mlp:
+        raise InputError(f"{name}: {g.model_name} has no MLPs")
+    found, site = _split_hook_name(metadata.hook_name)
+    if architecture not in _TRANSCODERS:
+        if site in _ATTENTION_HOOKS:
+            raise InputError(f"{name} is of attention; give it as FeatureLens(model, saes)")
+        out = _MLP_OUTPUT_HOOKS.get(site)
+        if out is None or (out == "mlp_raw" and g.mlp_post_norm):
+            raise InputError(
+                f"unknown hook name {metadata.hook_name!r}; expected 'blocks.LAYER.hook_mlp_out' "
+                "for an SAE given as transcoders= (sae.cfg.metadata.hook_name)"
+            )
+        _check_layer(found, layer, g, name)
+        _check_widths(name, g, cfg.d_in, cfg.d_in)
+        places: dict[str, Any] = {"reads": "mlp_out", "writes": "mlp_out"}
+        return _read(sae, _ARCHITECTURES, g, found, name, places)
+    out_name = metadata.hook_name_out
+    name = f"the {architecture} from {metadata.hook_name!r} to {out_name!r}"
+    found_out, site_out = _split_hook_name(out_name)
+    reads = _mlp_input(site, metadata.hf_hook_name, g)
+    if reads is None:
+        parallel = "; this model's MLP reads resid_pre" if g.parallel else ""
+        raise InputError(
+            f"{name}: its input is not that of an MLP; expected one of "
+            f"{', '.join(_MLP_INPUT_HOOKS)} under 'blocks.LAYER.' in its metadata (hook_name)"
+            + parallel
+        )
+    if site_out not in _MLP_OUTPUT_HOOKS:
+        raise InputError(
+            f"{name}: its output is not that of an MLP; expected 'blocks.LAYER.hook_mlp_out' in "
+            "its metadata (hook_name_out)"
+        )
+    if found != found_out:
+        raise InputError(
+            f"{name} reads layer {found} and writes layer {found_out}; only transcoders of one "
+            "layer are supported (sae_lens loads a cross-layer transcoder as one per layer)"
+        )
+    _check_layer(found, layer, g, name)
+    _check_widths(name, g, cfg.d_in, cfg.d_out)
+    writes = _MLP_OUTPUT_HOOKS[site_out]
+    skip = getattr(sae, "W_skip", None)
+    places = {
+        "reads": reads,
+        "writes": writes if g.mlp_post_norm else "mlp_out",
+        "W_skip": None if skip is None else skip.detach().T,
+    }
+    return _read(sae, _TRANSCODERS, g, found, name, places)
+
+
+def _mlp_input(site: str, hf_hook_name: str | None, geometry: Geometry) -> Reads | None:
+    """What an input hook of a transcoder stands for in this model."""
+    if site == "hook_mlp_in" and hf_hook_name:
+        # sae_lens calls Gemma Scope 2's inputs so; the name at the source says what they are.
+        if re.search(r"(layernorm\.output|mlp\.input)$", hf_hook_name):
+            return "mlp_in"
+        return None
+    if geometry.parallel:
+        if site == "hook_resid_pre":
+            return "mlp_stream"
+        if site == "hook_resid_mid":
+            return None
+    return _MLP_INPUT_HOOKS.get(site)
+
+
+def _split_hook_name(hook_name: str | None) -> tuple[int, str]:
+    match = _BLOCK.fullmatch(hook_name or "")
+    return (int(match.group(1)), match.group(2)) if match else (-1, "")
+
+
+def _check_architecture(architecture: str, known: Iterable[str], name: str) -> None:
+    if architecture in known:
+        return
+    reason = (
+        "its pre-activation is not linear in its input"
+        if architecture in ("temporal", "matching_pursuit")
+        else "its architecture is not known"
+    )
+    raise UnsupportedError(
+        f"{name} cannot be attributed: {reason}; supported: {', '.join(known)} "
+        "(sae_lens saves batchtopk and matryoshka SAEs as jumprelu: save and reload them)"
+    )
+
+
+def _check_layer(found: int, layer: int | None, geometry: Geometry, name: str) -> None:
     if layer is not None and layer != found:
         raise InputError(f"{name} was given for layer {layer}, but its hook is in layer {found}")
     if found >= geometry.n_layers:
         raise InputError(f"{name}: {geometry.model_name} has only {geometry.n_layers} layers")
-    head, whole = metadata.hook_head_index, geometry
-    if head is not None:
-        geometry, name = replace(geometry, n_heads=1), f"{name}, head {head}"
-    width = geometry.n_heads * geometry.d_head
-    if cfg.d_in != width:
+
+
+def _check_widths(name: str, geometry: Geometry, d_in: int, d_out: int) -> None:
+    if (d_in, d_out) != (geometry.d_model, geometry.d_model):
         raise InputError(
-            f"{name} has d_in {cfg.d_in}, but hook_z of {geometry.model_name} is "
-            f"{geometry.n_heads} heads x {geometry.d_head} = {width} wide"
+            f"{name} has d_in {d_in} and d_out {d_out}, but the residual stream of "
+            f"{geometry.model_name} is {geometry.d_model} wide"
         )
+
+
+def _read(
+    sae: Any,
+    architectures: Mapping[str, Callable[[Any], dict[str, Any]]],
+    geometry: Geometry,
+    layer: int,
+    name: str,
+    places: Mapping[str, Any],
+) -> Dictionary:
+    """The dictionary of an SAE that fits its place."""
+    cfg = sae.cfg
     if cfg.normalize_activations not in _NORMALISATIONS:
         raise UnsupportedError(
             f"{name}: normalize_activations {cfg.normalize_activations!r} is not supported; "
@@ -290,41 +489,56 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
     with torch.no_grad():
         parts: dict[str, Any] = {
             key: value.detach() if isinstance(value, Tensor) else value
-            for key, value in _ARCHITECTURES[architecture](sae).items()
+            for key, value in architectures[cfg.architecture()](sae).items()
         }
     for key, tensor in sae.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{name}: {key} holds NaN or infinity")
     b_dec = sae.b_dec.detach()
     density = getattr(sae, "sparsity", None)
-    made = Dictionary(
-        layer=found,
+    return Dictionary(
+        layer=layer,
         n_heads=geometry.n_heads,
         d_head=geometry.d_head,
-        architecture=architecture,
+        architecture=cfg.architecture(),
         W_enc=sae.W_enc.detach(),
         W_dec=sae.W_dec.detach(),
         b_dec=b_dec,
         b_in=b_dec if cfg.apply_b_dec_to_input else None,
         normalisation=cfg.normalize_activations,
         log_density=density if isinstance(density, Tensor) else None,
-        sae_id=str(metadata.sae_id or metadata.hook_name),
-        metadata=metadata.to_dict(),
+        sae_id=str(cfg.metadata.sae_id or cfg.metadata.hook_name),
+        metadata=cfg.metadata.to_dict(),
         **parts,
+        **places,
     )
-    return made if head is None else only_head(made, head, whole)
 
 
 def place(saes: Any, geometry: Geometry) -> dict[int, Dictionary]:
-    """Dictionaries by layer from what a user gives as SAEs.
+    """Attention dictionaries by layer from what a user gives as SAEs.
 
     Args:
         saes: a release name or a folder, a list of sae_lens SAEs, or a dict keyed by layer, hook
-            name or anything (the hook names in the SAEs' metadata say where they belong).
+            name or anything (the hook names in the SAEs' metadata say where they belong). An empty
+            dict: none, and every layer is split by head.
 
     Raises:
         InputError: nothing given, or two SAEs for one layer, unless they are of different heads.
     """
+    placed = _place(saes, geometry, from_sae)
+    if not placed and not isinstance(saes, Mapping):
+        raise InputError("no SAEs given; expected at least one, or saes={} for none")
+    return placed
+
+
+def place_mlp(transcoders: Any, geometry: Geometry) -> dict[int, Dictionary]:
+    """MLP dictionaries by layer, from transcoders or SAEs on ``hook_mlp_out``; None: none."""
+    return {} if transcoders is None else _place(transcoders, geometry, from_mlp)
+
+
+def _place(
+    saes: Any, geometry: Geometry, read: Callable[[Any, Geometry, int | None], Dictionary]
+) -> dict[int, Dictionary]:
     if isinstance(saes, str | Path):
         saes = load_saes(saes, device=str(geometry.device))
     items: Iterable[tuple[Any, Any]]
@@ -340,11 +554,22 @@ def place(saes: Any, geometry: Geometry) -> dict[int, Dictionary]:
             raise InputError(
                 f"expected sae_lens SAEs, a release name or a folder, got {type(sae).__name__}"
             )
-        dictionary = from_sae(sae, geometry, key if isinstance(key, int) else None)
+        dictionary = read(sae, geometry, key if isinstance(key, int) else None)
         found.setdefault(dictionary.layer, []).append(dictionary)
-    if not found:
-        raise InputError("no SAEs given; expected at least one")
-    return {layer: join(found[layer]) for layer in sorted(found)}
+    return {layer: _the_one_of(found[layer]) for layer in sorted(found)}
+
+
+def _the_one_of(given: list[Dictionary]) -> Dictionary:
+    """The dictionary of a layer; several are one only where each is of another head."""
+    if all(d.reads == "z" for d in given):
+        return join(given)
+    if len(given) > 1:
+        block = "attention" if given[0].kind == "attn" else "the MLP"
+        raise InputError(
+            f"two dictionaries for {block} of layer {given[0].layer}: {given[0].sae_id!r} and "
+            f"{given[1].sae_id!r}; give one"
+        )
+    return given[0]
 
 
 def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
@@ -436,24 +661,50 @@ def _with_density(sae: Any, folder: Path) -> Any:
 
 
 def head_attribution(
-    sae: Any, n_heads: int | None = None, dead_below: float = 1e-6
+    sae: Any,
+    n_heads: int | None = None,
+    dead_below: float = 1e-6,
+    W_O: Float[Tensor, "n_heads d_head d_model"] | None = None,
 ) -> pd.DataFrame:
     """Weight-based head attribution (Kissane et al. 2024): share of each head in a decoder row.
 
     ``share_h = |d_{i,h}|_2 / sum_j |d_{i,j}|_2`` over the slices of the decoder row.
+
+    The decoder of an SAE on ``hook_attn_out`` has no slices by head. With ``W_O``, its shares are
+    those of the encoder instead, ``|W_O^h w_i|_2``: how strongly the feature reads each head.
+    :meth:`FeatureLens.head_attribution` brings the ``W_O``.
 
     Args:
         sae: a :class:`Dictionary` or a sae_lens SAE on hook_z.
         n_heads: needed for a sae_lens SAE whose metadata does not hold it.
         dead_below: a feature that fires on fewer tokens than this fraction is marked dead, where
             the SAE's density is known.
+        W_O: of the SAE's layer, for SAEs on ``hook_attn_out``; with a norm's gain between folded
+            in, where the architecture has one.
 
     Returns:
         One row per feature (the index): ``head_0 ... head_{n-1}`` summing to 1 (all 0 for a feature
         that writes nothing), ``top_head``, and ``dead`` (``<NA>`` where the density is not known).
     """
     density = getattr(sae, "log_density", getattr(sae, "sparsity", None))
-    if not isinstance(sae, Dictionary):
+    if isinstance(sae, Dictionary):
+        reads, what = sae.reads, sae.hook
+    else:
+        what = f"the SAE on {sae.cfg.metadata.hook_name!r}"
+        site = _split_hook_name(sae.cfg.metadata.hook_name)[1]
+        # An SAE that does not say where it belongs is taken at its word: n_heads is given then.
+        reads = _ATTENTION_HOOKS.get(site, "" if site in _MLP_OUTPUT_HOOKS else "z")
+    if reads not in ("z", "attn_out"):
+        raise UnsupportedError(f"head attribution is for attention SAEs, got {what}")
+    if reads == "attn_out" and W_O is None:
+        raise InputError(
+            f"{what}: a decoder row in the residual stream has no slices by head; pass W_O= "
+            "[n_heads, d_head, d_model] for the shares of what the feature reads, or call "
+            "lens.head_attribution(layer)"
+        )
+    if W_O is not None and reads == "attn_out":
+        n_heads = len(W_O)
+    elif not isinstance(sae, Dictionary):
         n_heads = n_heads or sae.cfg.metadata.n_heads
         if n_heads is None:
             raise InputError(
@@ -461,10 +712,14 @@ def head_attribution(
             )
     else:
         n_heads = sae.n_heads
-    rows = sae.W_dec.detach().float()
-    if rows.shape[1] % n_heads:
-        raise InputError(f"d_in {rows.shape[1]} does not divide into {n_heads} heads")
-    norms = rows.unflatten(-1, (n_heads, -1)).norm(dim=-1)
+    if W_O is not None and reads == "attn_out":
+        encoder = sae.W_enc.detach().float()
+        norms = torch.stack([(W.float() @ encoder).norm(dim=0) for W in W_O], dim=-1)
+    else:
+        rows = sae.W_dec.detach().float()
+        if rows.shape[1] % n_heads:
+            raise InputError(f"d_in {rows.shape[1]} does not divide into {n_heads} heads")
+        norms = rows.unflatten(-1, (n_heads, -1)).norm(dim=-1)
     shares = norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
     table = pd.DataFrame(shares.numpy(force=True), columns=[f"head_{h}" for h in range(n_heads)])
     table.index.name = "feature"

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_attn_plugin.attribution.dfa import DFA, direct_feature_attribution
-from sae_attn_plugin.attribution.frozen import FrozenRun, freeze
+from sae_attn_plugin.attribution.frozen import FrozenRun, LinearMlp, freeze, linearise
 from sae_attn_plugin.attribution.qk import (
     FrozenScores,
     QKAttribution,
@@ -31,15 +31,23 @@ from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
 from sae_attn_plugin.attribution.table import Attribution
 from sae_attn_plugin.attribution.writers import WriterTable, write_table
 from sae_attn_plugin.backends import as_backend
-from sae_attn_plugin.backends.protocol import Capture, capture, uncapped_logits
-from sae_attn_plugin.dictionaries import place
+from sae_attn_plugin.backends.protocol import (
+    Capture,
+    MlpWeights,
+    capture,
+    check_mlps,
+    uncapped_logits,
+)
+from sae_attn_plugin.dictionaries import Dictionary, head_attribution, place, place_mlp
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.heads import fit
 from sae_attn_plugin.interventions import apply
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import (
+    FEATURE_KINDS,
     Direction,
     Feature,
+    FeatureKind,
     HeadScore,
     Logit,
     LogitDiff,
@@ -74,9 +82,11 @@ class FeatureLens:
     Args:
         model: ``HookedTransformer``, ``HookedSAETransformer``, ``TransformerBridge``, an nnsight
             model, or a bare Hugging Face model (which nnsight then runs).
-        saes: a dict or list of sae_lens SAEs on ``hook_z`` (the hook names in their metadata say
-            where they belong), a folder, or a sae_lens release name such as
-            ``"gpt2-small-hook-z-kk"``. Layers without one are split by head instead.
+        saes: a dict or list of sae_lens SAEs on ``hook_z`` or ``hook_attn_out`` (the hook names in
+            their metadata say where they belong), a folder, or a sae_lens release name such as
+            ``"gpt2-small-hook-z-kk"``. Layers without one are split by head instead; ``{}``: all.
+        transcoders: the same for MLPs: sae_lens transcoders from the MLP's input to its output, or
+            SAEs on ``hook_mlp_out``. The MLPs of layers without one are single nodes.
         tokenizer: default: the model object's own.
         prepend_bos: whether string prompts get a BOS token. None: as the SAEs' metadata says,
             else the tokenizer's own convention.
@@ -94,21 +104,56 @@ class FeatureLens:
         model: Any,
         saes: Any,
         *,
+        transcoders: Any = None,
         tokenizer: Any = None,
         prepend_bos: bool | None = None,
         remote: bool | str = False,
     ) -> None:
         self.backend = as_backend(model, tokenizer, remote)
         self.dictionaries = fit(place(saes, self.backend.geometry), self.backend)
+        self.transcoders = place_mlp(transcoders, self.backend.geometry)
         self._prepend_bos = prepend_bos
 
     def __repr__(self) -> str:
         g = self.backend.geometry
-        layers = ", ".join(map(str, self.dictionaries))
+        layers: dict[str, list[str]] = {}
+        for layer, dictionary in self.all_dictionaries():
+            layers.setdefault(dictionary.hook, []).append(str(layer))
+        found = "; ".join(f"{hook} of layers {', '.join(of)}" for hook, of in layers.items())
         return (
             f"FeatureLens({g.model_name} on {self.backend.host}: {g.n_layers} layers, "
-            f"{g.n_heads} heads; SAEs on hook_z of layers {layers})"
+            f"{g.n_heads} heads; {found or 'no SAEs'})"
         )
+
+    def all_dictionaries(self) -> list[tuple[int, Dictionary]]:
+        """Layer and dictionary: of attention first, then of MLPs."""
+        return [*self.dictionaries.items(), *self.transcoders.items()]
+
+    @functools.cached_property
+    def mlp_weights(self) -> tuple[MlpWeights, ...]:
+        """Of every layer, checked against the model on a short input.
+
+        Raises:
+            UnsupportedError: MLPs of another form than one activation between two matrices.
+            BackendError: the model computes something else from them.
+        """
+        check_mlps(self.backend)
+        return tuple(map(self.backend.mlp_weights, range(self.backend.geometry.n_layers)))
+
+    def head_attribution(self, layer: int, dead_below: float = 1e-6) -> pd.DataFrame:
+        """Weight-based head attribution of a layer's SAE; see :func:`head_attribution`.
+
+        For an SAE on ``hook_attn_out`` the shares are those of its encoder, through this layer's
+        W_O (and the gain of the norm between, where there is one).
+        """
+        if layer not in self.dictionaries:
+            known = ", ".join(map(str, self.dictionaries))
+            raise InputError(f"no SAE in layer {layer}; layers with one: {known}")
+        weights = self.backend.layer_weights(layer)
+        W_O, norm = weights.W_O, weights.post_norm
+        if norm is not None:  # row by row, the norm's output as a function of z
+            W_O = norm.centre(W_O) if norm.weight is None else norm.centre(W_O) * norm.weight
+        return head_attribution(self.dictionaries[layer], dead_below=dead_below, W_O=W_O)
 
     @property
     def tokenizer(self) -> Any:
@@ -120,7 +165,7 @@ class FeatureLens:
         if self._prepend_bos is not None:
             return self._prepend_bos
         said = {
-            bool(d.prepend_bos) for d in self.dictionaries.values() if d.prepend_bos is not None
+            bool(d.prepend_bos) for _, d in self.all_dictionaries() if d.prepend_bos is not None
         }
         if len(said) > 1:
             raise InputError(
@@ -138,6 +183,7 @@ class FeatureLens:
             "backend": self.backend.host,
             "dtype": str(g.dtype).removeprefix("torch."),
             "saes": {str(layer): d.sae_id for layer, d in self.dictionaries.items()},
+            "transcoders": {str(layer): d.sae_id for layer, d in self.transcoders.items()},
             "versions": _versions(),
         }
 
@@ -255,7 +301,17 @@ class Run:
     @functools.cached_property
     def frozen(self) -> FrozenRun:
         """The run with patterns and norm scales held constant, as plain tensors."""
-        return freeze(self.lens.backend, self._one.capture, self.lens.dictionaries)
+        lens = self.lens
+        return freeze(
+            lens.backend, self._one.capture, lens.dictionaries, transcoders=lens.transcoders
+        )
+
+    @functools.cached_property
+    def linear_mlps(self) -> tuple[LinearMlp, ...]:
+        """Every MLP with its activation ratios frozen."""
+        weights = self.lens.mlp_weights
+        mlps = [layer.mlp for layer in self.frozen.layers]
+        return tuple(linearise(m, w) for m, w in zip(mlps, weights, strict=True) if m is not None)
 
     @functools.cached_property
     def writers(self) -> WriterTable:
@@ -264,21 +320,29 @@ class Run:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def features(self, layer: int | None = None, position: int | None = None) -> pd.DataFrame:
+    def features(
+        self,
+        layer: int | None = None,
+        position: int | None = None,
+        kind: FeatureKind = "attn",
+    ) -> pd.DataFrame:
         """Active features: ``layer, position, token, feature, activation, pre_activation``.
 
         Args:
             layer: one layer only. position: one position only, negative from the end.
+            kind: ``"attn"``, ``"tc"`` (transcoders) or ``"mlp_sae"`` (SAEs on MLP outputs).
         """
         if len(self) > 1:
-            frames = [self[i].features(layer, position) for i in range(len(self))]
+            frames = [self[i].features(layer, position, kind) for i in range(len(self))]
             return pd.concat(frames, keys=range(len(self)), names=["prompt", None]).reset_index(
                 level="prompt"
             )
-        layers = self.lens.dictionaries if layer is None else [self.resolve_layer(layer)]
+        known = [number for number, d in self.lens.all_dictionaries() if d.kind == kind]
+        layers = known if layer is None else [self.resolve_layer(layer, kind)]
         frames = []
         for number in layers:
-            encoded = self.frozen.layers[number].encoded
+            frozen = self.frozen.layers[number]
+            encoded = frozen.encoded if kind == "attn" else frozen.mlp and frozen.mlp.encoded
             assert encoded is not None
             positions = encoded.position.numpy(force=True)
             frames.append(
@@ -293,6 +357,9 @@ class Run:
                     }
                 )
             )
+        if not frames:
+            names = ["layer", "position", "token", "feature", "activation", "pre_activation"]
+            return pd.DataFrame({name: [] for name in names})
         frame = pd.concat(frames, ignore_index=True)
         if position is None:
             return frame
@@ -327,6 +394,8 @@ class Run:
         self,
         target: Target | Sequence[Target] | None = None,
         *,
+        mlp: Literal["terminal", "linearise"] = "terminal",
+        heads: Literal["terminal", "linearise"] = "terminal",
         node_budget: int | None = 2000,
         edges_per_target: int | None = None,
         memory_budget: int = 512 * 2**20,
@@ -337,7 +406,13 @@ class Run:
         Args:
             target: one target or several (weighted equally). None: the top logits at the last
                 position, cumulative probability 0.95 and ten at most, weighted by probability.
-            node_budget: how many features get their own in-edges, most influential first; None:
+            mlp: ``"linearise"``: raw MLPs, and features of SAEs on MLP outputs, get in-edges of
+                their own, through the MLP with the ratios activation(pre) / pre frozen (the gate,
+                for gated MLPs). ``"terminal"``: they are leaves. Transcoder features always
+                read the MLP's input.
+            heads: ``"linearise"``: heads of layers without an SAE get in-edges of their own,
+                through their frozen patterns.
+            node_budget: how many nodes get their own in-edges, most influential first; None:
                 all that reach the target. Each target's ledger closes either way.
             edges_per_target: keep only the strongest edges of each target; the rest is summed in
                 the ledger. None: all.
@@ -347,6 +422,9 @@ class Run:
         for name, value in (("node_budget", node_budget), ("edges_per_target", edges_per_target)):
             if value is not None and value < (name == "edges_per_target"):
                 raise InputError(f"{name}={value} is out of range")
+        for name, value in (("mlp", mlp), ("heads", heads)):
+            if value not in ("terminal", "linearise"):
+                raise InputError(f"{name}={value!r}; known: 'terminal', 'linearise'")
         self._one  # noqa: B018 - refuses several prompts
         if target is None:
             targets, weights = self._top_logits()
@@ -355,7 +433,7 @@ class Run:
             weights = [1 / max(len(targets), 1)] * len(targets)
         if not targets:
             raise InputError("no target given")
-        resolved = [self._resolve(one) for one in targets]
+        resolved = [self._resolve(one, mlp == "linearise") for one in targets]
         nodes = [node for node, _ in resolved]
         if len(set(nodes)) < len(nodes):
             raise InputError(f"the same target twice: {', '.join(map(str, nodes))}")
@@ -372,6 +450,8 @@ class Run:
                 edges_per_target=edges_per_target,
                 memory_budget=memory_budget,
                 progress=lambda _layer: bar.update(),
+                mlps=self.linear_mlps if mlp == "linearise" and self._has_mlp else None,
+                heads=heads == "linearise",
             )
         return Attribution(
             flow=flow,
@@ -380,6 +460,8 @@ class Run:
             tokens=self.token_strings,
             provenance={
                 **self._provenance(),
+                "mlp": mlp,
+                "heads": heads,
                 "node_budget": node_budget,
                 "edges_per_target": edges_per_target,
             },
@@ -390,8 +472,8 @@ class Run:
                 if node.kind == "logit"
             },
             neuronpedia={
-                layer: f"https://www.neuronpedia.org/{d.metadata['neuronpedia_id']}"
-                for layer, d in self.lens.dictionaries.items()
+                (d.kind, layer): f"https://www.neuronpedia.org/{d.metadata['neuronpedia_id']}"
+                for layer, d in self.lens.all_dictionaries()
                 if d.metadata.get("neuronpedia_id")
             },
         )
@@ -403,10 +485,13 @@ class Run:
         nodes: float = 0.8,
         edges: float = 0.98,
         max_nodes: int | None = None,
+        mlp: Literal["terminal", "linearise"] = "terminal",
+        heads: Literal["terminal", "linearise"] = "terminal",
         node_budget: int | None = 2000,
     ) -> nx.DiGraph:
         """``attribute(target).prune(nodes, edges).to_networkx()`` in one call."""
-        pruned = self.attribute(target, node_budget=node_budget).prune(nodes, edges, max_nodes)
+        att = self.attribute(target, mlp=mlp, heads=heads, node_budget=node_budget)
+        pruned = att.prune(nodes, edges, max_nodes)
         graph = pruned.to_networkx()
         graph.graph["pruning"] = {"nodes": nodes, "edges": edges, "max_nodes": max_nodes}
         return graph
@@ -468,12 +553,26 @@ class Run:
             raise InputError(f"layer {layer} is out of range: the model has {n_layers} layers")
         return layer
 
-    def resolve_layer(self, layer: int) -> int:
+    @property
+    def _has_mlp(self) -> bool:
+        return self.lens.backend.geometry.has_mlp
+
+    def resolve_layer(self, layer: int, kind: FeatureKind = "attn") -> int:
+        """A layer with a dictionary whose features are of this kind."""
+        if kind not in FEATURE_KINDS:
+            raise InputError(f"unknown kind {kind!r}; known: {', '.join(FEATURE_KINDS)}")
         layer = as_index(layer, "layer")
-        if layer not in self.lens.dictionaries:
-            known = ", ".join(map(str, self.lens.dictionaries))
-            raise InputError(f"no SAE in layer {layer}; layers with one: {known}")
+        known = [number for number, d in self.lens.all_dictionaries() if d.kind == kind]
+        if layer not in known:
+            what = {"attn": "SAE", "tc": "transcoder", "mlp_sae": "SAE on hook_mlp_out"}[kind]
+            there = ", ".join(map(str, known)) or "none"
+            raise InputError(f"no {what} in layer {layer}; layers with one: {there}")
         return layer
+
+    def dictionary(self, layer: int, kind: FeatureKind = "attn") -> Dictionary:
+        """The dictionary of a layer whose features are of this kind."""
+        layer = self.resolve_layer(layer, kind)
+        return (self.lens.dictionaries if kind == "attn" else self.lens.transcoders)[layer]
 
     def resolve_position(self, position: int) -> int:
         length, position = self.tokens.shape[1], as_index(position, "position")
@@ -484,12 +583,13 @@ class Run:
             )
         return position % length
 
-    def resolve_feature(self, layer: int, feature: int) -> int:
-        d_sae, feature = self.lens.dictionaries[layer].d_sae, as_index(feature, "feature")
+    def resolve_feature(self, layer: int, feature: int, kind: FeatureKind = "attn") -> int:
+        d_sae, feature = self.dictionary(layer, kind).d_sae, as_index(feature, "feature")
         if not 0 <= feature < d_sae:
+            what = "transcoder" if kind == "tc" else "SAE"
             raise InputError(
-                f"feature {feature} is out of range: the SAE of layer {layer} has {d_sae} features "
-                f"(0..{d_sae - 1})"
+                f"feature {feature} is out of range: the {what} of layer {layer} has {d_sae} "
+                f"features (0..{d_sae - 1})"
             )
         return feature
 
@@ -498,16 +598,24 @@ class Run:
         number = single_token(self.lens.tokenizer, token, d_vocab)
         return number, quote(token_label(self.lens.tokenizer, number, d_vocab))
 
-    def _resolve(self, target: Target) -> tuple[Node, StreamReader | ScoreReader | Feature]:
+    def _resolve(
+        self, target: Target, linearised: bool = False
+    ) -> tuple[Node, StreamReader | ScoreReader | Feature]:
         run = self.frozen
         if isinstance(target, Feature):
+            kind = target.kind
             layer, position = (
-                self.resolve_layer(target.layer),
+                self.resolve_layer(target.layer, kind),
                 self.resolve_position(target.position),
             )
-            feature = self.resolve_feature(layer, target.feature)
-            node = Node("attn", position, layer=layer, feature=feature)
-            return node, Feature(layer, feature, position)
+            feature = self.resolve_feature(layer, target.feature, kind)
+            if kind == "mlp_sae" and not linearised:
+                raise InputError(
+                    "a feature of an SAE on hook_mlp_out is a target only with mlp='linearise': it "
+                    "reads what the MLP computes"
+                )
+            node = Node(kind, position, layer=layer, feature=feature)
+            return node, Feature(layer, feature, position, kind)
         if isinstance(target, HeadScore):
             return self._resolve_score(target)
         if not isinstance(target, Logit | LogitDiff | Direction):

@@ -8,9 +8,16 @@ kind               id                              what it is
 =================  ==============================  ================================================
 ``attn``           ``attn:5:7515@10``              attention SAE feature: layer, feature, position
 ``attn_err``       ``attn_err:5@10``               what the SAE of the layer does not reconstruct
-``attn_bias``      ``attn_bias:5@10``              decoder bias through W_O, and b_O
+``attn_bias``      ``attn_bias:5@10``              decoder bias (through W_O for z, and b_O)
 ``head``           ``head:5.1@10``                 a head's output, in a layer without a dictionary
 ``mlp``            ``mlp:3@10``                    raw MLP output
+``tc``             ``tc:3:120@10``                 transcoder feature: layer, feature, position
+``tc_skip``        ``tc_skip:3@10``                the transcoder's skip connection
+``tc_err``         ``tc_err:3@10``                 what the transcoder misses of the MLP's output
+``tc_bias``        ``tc_bias:3@10``                its decoder bias
+``mlp_sae``        ``mlp_sae:3:120@10``            feature of an SAE on the MLP's output
+``mlp_sae_err``    ``mlp_sae_err:3@10``            what that SAE does not reconstruct
+``mlp_sae_bias``   ``mlp_sae_bias:3@10``           its decoder bias
 ``embed``          ``embed@4``                     token embedding
 ``pos``            ``pos@4``                       learned position embedding
 ``logit``          ``logit:" Mary"@14``            a logit; a token id is written ``logit:#5335@14``
@@ -37,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Direction", "Feature", "HeadScore", "Logit", "LogitDiff", "Node", "Target"]
 
+FeatureKind = Literal["attn", "tc", "mlp_sae"]
+
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # as str(int) writes it
 # kind -> what stands between its name and "@position"
 _PATTERNS: dict[str, str] = {
@@ -45,6 +54,13 @@ _PATTERNS: dict[str, str] = {
     "attn_bias": rf":(?P<layer>{_NUMBER})",
     "head": rf":(?P<layer>{_NUMBER})\.(?P<head>{_NUMBER})",
     "mlp": rf":(?P<layer>{_NUMBER})",
+    "tc": rf":(?P<layer>{_NUMBER}):(?P<feature>{_NUMBER})",
+    "tc_skip": rf":(?P<layer>{_NUMBER})",
+    "tc_err": rf":(?P<layer>{_NUMBER})",
+    "tc_bias": rf":(?P<layer>{_NUMBER})",
+    "mlp_sae": rf":(?P<layer>{_NUMBER}):(?P<feature>{_NUMBER})",
+    "mlp_sae_err": rf":(?P<layer>{_NUMBER})",
+    "mlp_sae_bias": rf":(?P<layer>{_NUMBER})",
     "embed": "",
     "pos": "",
     "logit": r":(?P<label>.+)",
@@ -54,6 +70,9 @@ _PATTERNS: dict[str, str] = {
     r"(:(?P<label>query|key))?",
 }
 KINDS: tuple[str, ...] = (*_PATTERNS, "const")
+FEATURE_KINDS: tuple[FeatureKind, ...] = ("attn", "tc", "mlp_sae")
+# Nodes that pass on what they read, on request; a vector each, where features are numbers.
+PASSING_KINDS: tuple[str, ...] = ("head", "mlp", "tc_skip")
 TARGET_KINDS: tuple[str, ...] = ("logit", "logit_diff", "direction", "score")
 _KIND = re.compile(r"[a-z_]+")
 _REGEX = {
@@ -90,9 +109,18 @@ class Node:
 
     def __str__(self) -> str:
         match self.kind:
-            case "attn":
+            case "attn" | "tc" | "mlp_sae":
                 body = f":{self.layer}:{self.feature}"
-            case "attn_err" | "attn_bias" | "mlp":
+            case (
+                "attn_err"
+                | "attn_bias"
+                | "mlp"
+                | "tc_skip"
+                | "tc_err"
+                | "tc_bias"
+                | "mlp_sae_err"
+                | "mlp_sae_bias"
+            ):
                 body = f":{self.layer}"
             case "head":
                 body = f":{self.layer}.{self.head}"
@@ -120,7 +148,7 @@ class Node:
         """
         if text.startswith("const:"):
             of = cls.parse(text.removeprefix("const:"))
-            if of.kind != "attn" and of.kind not in TARGET_KINDS:
+            if of.kind not in (*FEATURE_KINDS, *PASSING_KINDS, *TARGET_KINDS):
                 raise InputError(f"not a node id: {text!r}: only targets have a constant")
             return cls("const", of.position, of=of)
         start = _KIND.match(text)
@@ -168,11 +196,16 @@ def unquote(label: str) -> list[str | int]:
 
 @dataclass(frozen=True)
 class Feature:
-    """Target: the pre-activation of an attention SAE feature at a position."""
+    """Target: the pre-activation of a feature at a position.
+
+    ``kind``: ``"attn"`` (of the attention SAE of the layer), ``"tc"`` (transcoder) or ``"mlp_sae"``
+    (SAE on the MLP's output).
+    """
 
     layer: int
     feature: int
     position: int
+    kind: FeatureKind = "attn"
 
 
 @dataclass(frozen=True)

@@ -241,3 +241,51 @@ def random_saes(model: Any, architecture: str = "standard", **config: Any) -> li
         random_sae(layer, c.num_attention_heads * d_head, architecture=architecture, **config)
         for layer in range(c.num_hidden_layers)
     ]
+
+
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+
+
+def random_transcoder(
+    layer: int,
+    d_model: int,
+    d_sae: int = 24,
+    architecture: str = "transcoder",
+    hooks: tuple[str, str] = ("mlp.hook_in", "hook_mlp_out"),
+    dtype: str = "float32",
+    seed: int = 0,
+    **config: Any,
+) -> SAE[Any]:
+    """A random sae_lens transcoder of one layer, from and to hooks of its block."""
+    from sae_lens.registry import get_sae_class
+
+    sae_class, config_class = get_sae_class(architecture)
+    settings = {
+        "d_in": d_model,
+        "d_out": d_model,
+        "d_sae": d_sae,
+        "dtype": dtype,
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "metadata": SAEMetadata(
+            model_name="tiny",
+            hook_name=f"blocks.{layer}.{hooks[0]}",
+            hook_name_out=f"blocks.{layer}.{hooks[1]}",
+            prepend_bos=False,
+        ),
+    }
+    sae: Any = sae_class(config_class(**{**settings, **config}))
+    generator = torch.Generator().manual_seed(seed + 100 * layer + 7)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+            parameter.copy_((noise.abs() if name == "threshold" else noise).to(parameter.dtype))
+    return sae
+
+
+def sae_at(layer: int, hook: str, d_in: int, architecture: str = "standard", **config: Any) -> Any:
+    """A random SAE on a hook of the residual stream's width, such as ``hook_attn_out``."""
+    metadata = SAEMetadata(model_name="tiny", hook_name=f"blocks.{layer}.{hook}", prepend_bos=False)
+    config = {"reshape_activations": "none", "metadata": metadata, "d_sae": 24, **config}
+    return random_sae(layer, d_in, architecture=architecture, **config)

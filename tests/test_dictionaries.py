@@ -193,9 +193,9 @@ def test_placing(geometry: Geometry) -> None:
         place([first, random_sae(0, 30, seed=1)], geometry)
     with pytest.raises(sap.InputError, match="given for layer 1, but its hook is in layer 0"):
         place({1: first}, geometry)
-    for nothing in ([], {}):
-        with pytest.raises(sap.InputError, match="no SAEs given"):
-            place(nothing, geometry)
+    with pytest.raises(sap.InputError, match="no SAEs given"):
+        place([], geometry)
+    assert place({}, geometry) == {}  # none, and said so
     for foreign in ([torch.nn.Linear(3, 3)], [3], {0: "x"}):
         with pytest.raises(sap.InputError, match="expected sae_lens SAEs, a release name"):
             place(foreign, geometry)

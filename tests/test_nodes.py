@@ -48,6 +48,13 @@ PLAIN = [
     Node("mlp", 10, layer=3),
     Node("embed", 4),
     Node("pos", 4),
+    Node("tc", 10, layer=3, feature=120),
+    Node("tc_skip", 10, layer=3),
+    Node("tc_err", 10, layer=3),
+    Node("tc_bias", 10, layer=3),
+    Node("mlp_sae", 10, layer=3, feature=120),
+    Node("mlp_sae_err", 10, layer=3),
+    Node("mlp_sae_bias", 10, layer=3),
 ]
 LABELLED = [
     Node(kind, 14, label=quote(token)) for kind in ("logit", "direction") for token in HOSTILE
@@ -62,7 +69,7 @@ NUMBERED = [
     Node("logit_diff", 14, label=f"{quote(5)}-{quote('x')}"),
 ]
 SCORES = [Node("score", 14, layer=7, head=3, key=10, label=side) for side in (None, "query", "key")]
-TARGETS = [PLAIN[0], *LABELLED, *PAIRS, *NUMBERED, *SCORES]
+TARGETS = [PLAIN[i] for i in (0, 4, 5, 8, 9, 12)] + [*LABELLED, *PAIRS, *NUMBERED, *SCORES]
 CONSTANTS = [Node("const", t.position, of=t) for t in TARGETS]
 EVERY = [*PLAIN, *LABELLED, *PAIRS, *NUMBERED, *SCORES, *CONSTANTS]
 
@@ -88,6 +95,13 @@ def test_every_kind_is_covered_and_no_ids_collide() -> None:
         (PLAIN[5], "mlp:3@10"),
         (PLAIN[6], "embed@4"),
         (PLAIN[7], "pos@4"),
+        (PLAIN[8], "tc:3:120@10"),
+        (PLAIN[9], "tc_skip:3@10"),
+        (PLAIN[10], "tc_err:3@10"),
+        (PLAIN[11], "tc_bias:3@10"),
+        (PLAIN[12], "mlp_sae:3:120@10"),
+        (PLAIN[13], "mlp_sae_err:3@10"),
+        (PLAIN[14], "mlp_sae_bias:3@10"),
         (Node("logit", 14, label=quote(" Mary")), 'logit:" Mary"@14'),
         (Node("logit_diff", 14, label='" Mary"-" John"'), 'logit_diff:" Mary"-" John"@14'),
         (SCORES[0], "score:7.3:10@14"),
@@ -125,7 +139,8 @@ def test_documented_forms(node: Node, text: str) -> None:
         "embed:4",
         "embed:0@4",
         "pos",
-        "tc:3:120@10",  # not a kind of this version
+        "tc:3@10",
+        "tc_skip:3:120@10",
         "nonsense:5@10",
         "logit: Mary@14",
         'logit:" Mary"',
@@ -151,7 +166,7 @@ def test_documented_forms(node: Node, text: str) -> None:
         "const:",
         "const:embed@4",
         "const:const:attn:5:7515@10",
-        "const:mlp:3@10",
+        "const:tc_err:3@10",
         "attn:5:" + "9" * 5000 + "@10",
         "logit:#" + "9" * 5000 + "@10",
     ],

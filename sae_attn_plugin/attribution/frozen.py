@@ -5,14 +5,20 @@ Everything downstream of it is linear. Only plain tensors live here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_attn_plugin.backends.protocol import Backend, Capture, LayerWeights, Norm
+from sae_attn_plugin.backends.protocol import (
+    Backend,
+    Capture,
+    LayerWeights,
+    MlpWeights,
+    Norm,
+)
 from sae_attn_plugin.dictionaries import Dictionary, Encoded
 from sae_attn_plugin.errors import InputError
 
@@ -27,9 +33,11 @@ class FrozenLayer:
         v: ``[position, n_kv, d_head]``; z: ``[position, head, d_head]``.
         scale: ``[position, 1]``, the frozen scale of the norm before attention.
         post_scale: ``[position, 1]`` of the norm after attention, where there is one.
-        mlp_out: ``[position, d_model]`` or None.
         dictionary, encoded: the layer's SAE and its features, or None.
-        error: ``[position, head, d_head]``, z minus its reconstruction (all of z without an SAE).
+        error: what the SAE reads minus its reconstruction: ``[position, head, d_head]`` on z (all
+            of z without an SAE), ``[position, d_model]`` on attn_out.
+        attn_out: ``[position, d_model]``, what attention adds, where the SAE reads that.
+        mlp: the layer's MLP, or None.
     """
 
     weights: LayerWeights
@@ -38,10 +46,16 @@ class FrozenLayer:
     z: Float[Tensor, "position head d_head"]
     scale: Float[Tensor, "position 1"]
     post_scale: Float[Tensor, "position 1"] | None
-    mlp_out: Float[Tensor, "position d_model"] | None
     dictionary: Dictionary | None
     encoded: Encoded | None
-    error: Float[Tensor, "position head d_head"]
+    error: Float[Tensor, "position ..."]
+    attn_out: Float[Tensor, "position d_model"] | None = None
+    mlp: FrozenMlp | None = None
+
+    @property
+    def mlp_out(self) -> Float[Tensor, "position d_model"] | None:
+        """What the MLP adds to the residual stream."""
+        return None if self.mlp is None else self.mlp.out
 
     def to_residual(
         self, z: Float[Tensor, "n head d_head"], position: Tensor | slice
@@ -57,6 +71,132 @@ class FrozenLayer:
             return out
         return self.weights.post_norm.linear(out, self.post_scale[position])
 
+    def before(self, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """Functionals of what attention adds as functionals of the output projection, without the
+        scale of the post-norm between."""
+        norm = self.weights.post_norm
+        return rows if norm is None else norm.before(rows)
+
+    @property
+    def post_bias(self) -> Float[Tensor, " d_model"] | None:
+        """What the post-norm adds."""
+        return None if self.weights.post_norm is None else self.weights.post_norm.bias
+
+
+@dataclass(frozen=True)
+class FrozenMlp:
+    """The MLP of one layer of a frozen run.
+
+    Attributes:
+        norm: what feeds it; scale: ``[position, 1]``, its frozen scale.
+        stream: ``[position, d_model]``, the residual stream that the norm reads.
+        post_norm, post_scale: of the norm after the MLP, where there is one.
+        out: ``[position, d_model]``, what the MLP adds to the residual stream.
+        dictionary, encoded: its transcoder or SAE and the features, or None.
+        skip: ``[position, d_model]``, what the transcoder's skip connection adds, or None.
+        error: ``[position, d_model]``, what the dictionary misses of ``out``.
+    """
+
+    norm: Norm
+    scale: Float[Tensor, "position 1"]
+    stream: Float[Tensor, "position d_model"]
+    post_norm: Norm | None
+    post_scale: Float[Tensor, "position 1"] | None
+    out: Float[Tensor, "position d_model"]
+    dictionary: Dictionary | None = None
+    encoded: Encoded | None = None
+    skip: Float[Tensor, "position d_model"] | None = None
+    error: Float[Tensor, "position d_model"] | None = None
+
+    @property
+    def input(self) -> Float[Tensor, "position d_model"]:
+        """The normalised stream: what the MLP itself reads."""
+        return self.norm.apply(self.stream, self.scale)
+
+    def read(self, dictionary: Dictionary) -> Float[Tensor, "position d_model"]:
+        """What a dictionary of this MLP reads."""
+        match dictionary.reads:
+            case "mlp_out":
+                return self.out
+            case "mlp_stream":
+                return self.stream
+            case "mlp_normalised":
+                return self.norm.centre(self.stream) / self.scale
+            case _:
+                return self.input
+
+    def after(
+        self, out: Float[Tensor, "n d_model"], position: Tensor | slice
+    ) -> Float[Tensor, "n d_model"]:
+        """The dictionary's output as it reaches the residual stream, through the frozen post-norm
+        where it reconstructs what stands before that."""
+        if not self._before_post_norm:
+            return out
+        assert self.post_norm is not None
+        assert self.post_scale is not None
+        return self.post_norm.linear(out, self.post_scale[position])
+
+    @property
+    def post_bias(self) -> Float[Tensor, " d_model"] | None:
+        """What the post-norm adds to the dictionary's output."""
+        return self.post_norm.bias if self._before_post_norm and self.post_norm else None
+
+    @property
+    def _before_post_norm(self) -> bool:
+        return self.dictionary is not None and self.dictionary.writes == "mlp_raw"
+
+
+def with_dictionary(mlp: FrozenMlp, dictionary: Dictionary) -> FrozenMlp:
+    """The MLP with its output split by a transcoder or an SAE."""
+    read = mlp.read(dictionary)
+    encoded, skip = dictionary.encode(read), dictionary.skip(read)
+    mlp = replace(mlp, dictionary=dictionary, encoded=encoded)
+    everywhere = slice(None)
+    known = mlp.after(dictionary.decode(encoded), everywhere)
+    if mlp.post_bias is not None:
+        known = known + mlp.post_bias
+    if skip is not None:
+        skip = mlp.after(skip, everywhere)
+        known = known + skip
+    return replace(mlp, skip=skip, error=mlp.out - known)
+
+
+@dataclass(frozen=True)
+class LinearMlp:
+    """An MLP with its activation ratios frozen: linear in its input at every position.
+
+    ``raw = ((x W_in) * ratio) W_out + constant``. Without a gate ``ratio = activation(pre) / pre``;
+    with one it is the gate itself.
+
+    Attributes:
+        W_in: ``[d_model, d_mlp]``; W_out: ``[d_mlp, d_model]``.
+        ratio: ``[position, d_mlp]``; constant: ``[position, d_model]``, what no input carries.
+    """
+
+    W_in: Float[Tensor, "d_model d_mlp"]
+    W_out: Float[Tensor, "d_mlp d_model"]
+    ratio: Float[Tensor, "position d_mlp"]
+    constant: Float[Tensor, "position d_model"]
+
+
+def linearise(mlp: FrozenMlp, weights: MlpWeights) -> LinearMlp:
+    """Freeze the activation ratios of an MLP on a prompt."""
+    x = mlp.input
+    weights = weights.to(x.dtype, x.device)
+    pre, ratio = weights.pre(x), weights.gate(x)
+    if ratio is None:
+        hidden = weights.activation(pre)
+        # At a pre-activation of 0 there is no ratio; what the hidden unit then holds is constant.
+        live = pre.abs() > torch.finfo(pre.dtype).tiny ** 0.5
+        ratio = torch.where(live, hidden / torch.where(live, pre, 1), 0)
+    else:
+        hidden = ratio * pre
+    carried = (pre if weights.b_in is None else pre - weights.b_in) * ratio
+    constant = (hidden - carried) @ weights.W_out
+    if weights.b_out is not None:
+        constant = constant + weights.b_out
+    return LinearMlp(weights.W_in, weights.W_out, ratio, constant)
+
 
 @dataclass(frozen=True)
 class FrozenRun:
@@ -67,6 +207,7 @@ class FrozenRun:
         final_norm, final_scale: the norm before the unembedding, and its scale ``[position, 1]``.
         W_U: ``[d_model, d_vocab]``; b_U: ``[d_vocab]`` or None.
         resid_final: ``[position, d_model]``.
+        parallel: attention and MLP of a layer read the same stream.
     """
 
     layers: tuple[FrozenLayer, ...]
@@ -78,6 +219,7 @@ class FrozenRun:
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"] | None
     normalization: str
+    parallel: bool = False
 
     @property
     def n_positions(self) -> int:
@@ -94,9 +236,16 @@ def algebra_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 
 def freeze(
-    backend: Backend, capture: Capture, dictionaries: Mapping[int, Dictionary], prompt: int = 0
+    backend: Backend,
+    capture: Capture,
+    dictionaries: Mapping[int, Dictionary],
+    prompt: int = 0,
+    transcoders: Mapping[int, Dictionary] | None = None,
 ) -> FrozenRun:
     """Freeze one prompt of a capture.
+
+    Args:
+        dictionaries: of attention, by layer; transcoders: of MLPs, by layer.
 
     Raises:
         InputError: if an activation is NaN or infinite, naming where it arose first.
@@ -116,8 +265,14 @@ def freeze(
         weights = backend.layer_weights(index).to(dtype, g.device)
         resid_pre, z = get("resid_pre", index), get("z", index)
         dictionary = dictionaries.get(index)
-        encoded = None if dictionary is None else dictionary.encode(z)
         post = weights.post_norm
+        attn_out, encoded, error = None, None, z
+        if dictionary is not None:
+            if dictionary.reads == "attn_out":
+                attn_out = get("attn_out", index)
+            read = z if attn_out is None else attn_out
+            encoded = dictionary.encode(read)
+            error = read - dictionary.decode(encoded)
         layers.append(
             FrozenLayer(
                 weights=weights,
@@ -126,12 +281,13 @@ def freeze(
                 z=z,
                 scale=weights.norm.scale(resid_pre),
                 post_scale=None if post is None else post.scale(weights.attn_out(z)),
-                mlp_out=get("mlp_out", index) if g.has_mlp else None,
                 dictionary=dictionary,
                 encoded=encoded,
-                error=z
-                if dictionary is None or encoded is None
-                else z - dictionary.decode(encoded),
+                error=error,
+                attn_out=attn_out,
+                mlp=_freeze_mlp(backend, get, index, weights, (transcoders or {}).get(index))
+                if g.has_mlp
+                else None,
             )
         )
     final_norm = backend.final_norm().to(dtype, g.device)
@@ -147,4 +303,27 @@ def freeze(
         W_U=W_U.to(g.device),
         b_U=None if b_U is None else b_U.to(g.device),
         normalization=g.normalization,
+        parallel=g.parallel,
     )
+
+
+def _freeze_mlp(
+    backend: Backend,
+    get: Callable[[str, int], Tensor],
+    layer: int,
+    weights: LayerWeights,
+    dictionary: Dictionary | None,
+) -> FrozenMlp:
+    g, norm = backend.geometry, weights.mlp_norm or Norm("none")
+    stream, post = get("resid_pre", layer), weights.mlp_post_norm
+    if not g.parallel:
+        stream = stream + get("attn_out", layer)
+    mlp = FrozenMlp(
+        norm=norm,
+        scale=norm.scale(stream),
+        stream=stream,
+        post_norm=post,
+        post_scale=None if post is None else post.scale(get("mlp_raw", layer)),
+        out=get("mlp_out", layer),
+    )
+    return mlp if dictionary is None else with_dictionary(mlp, dictionary)

@@ -2,18 +2,19 @@
 
 A feature reads the stream at every source position, through its heads:
 ``reader[h, p] = (pattern[h, q, p] / scale_p) * centre(gamma * (W_V^h w_h))``. A logit reads it at
-its own position only. Centring is left to the writers (see ``writers``).
+its own position only, and so does what belongs to an MLP. Centring is left to the writers (see
+``writers``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenRun
+from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenMlp, FrozenRun, LinearMlp
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,46 @@ def feature_readers(
     layer: FrozenLayer, features: Int[Tensor, " target"], positions: Int[Tensor, " target"]
 ) -> FeatureReaders:
     """The readers of features of a layer's dictionary at query positions."""
-    dictionary, encoded, weights = layer.dictionary, layer.encoded, layer.weights
+    dictionary, encoded = layer.dictionary, layer.encoded
     assert dictionary is not None
     assert encoded is not None
-    dtype, n_heads = layer.z.dtype, layer.z.shape[1]
+    dtype = layer.z.dtype
     unique, row = features.unique(return_inverse=True)
     encoder = dictionary.encoder(unique, dtype)
-    groups = torch.arange(n_heads, device=layer.z.device) // (n_heads // weights.W_V.shape[0])
+    input_scale = dictionary.input_scale(encoded.scale)[positions, 0]
+    c = dictionary.constants(unique, dtype)[row]
+    if dictionary.reads == "attn_out":
+        assert layer.attn_out is not None
+        value = c + (encoder[row] * layer.attn_out[positions]).sum(-1) / input_scale
+        if layer.post_bias is not None:
+            c = c + (encoder @ layer.post_bias)[row] / input_scale
+        encoder = layer.before(encoder)
+        if layer.post_scale is not None:
+            input_scale = input_scale * layer.post_scale[positions, 0]
+        c = c + (encoder @ layer.weights.b_O)[row] / input_scale
+        encoder = torch.einsum("ud,hed->uhe", encoder, layer.weights.W_O)
+    else:
+        value = c + (encoder[row] * layer.z[positions]).sum((-2, -1)) / input_scale
+    heads, value_bias = _through_values(layer, encoder)
+    pattern = layer.pattern[:, positions].transpose(0, 1) / input_scale[:, None, None]
+    return FeatureReaders(
+        heads=heads,
+        row=row,
+        position=positions,
+        weights=pattern / layer.scale[:, 0],
+        constant=c + (pattern.sum(-1) * value_bias[row]).sum(-1),
+        value=value,
+    )
+
+
+def _through_values(
+    layer: FrozenLayer, encoder: Float[Tensor, "unique head d_head"]
+) -> tuple[Float[Tensor, "unique head d_model"], Float[Tensor, "unique head"]]:
+    """Functionals of z as functionals of the residual stream, and what the biases give them."""
+    weights, n_heads = layer.weights, encoder.shape[1]
+    groups = _groups(layer)
     heads = torch.empty(
-        len(unique), n_heads, weights.W_V.shape[1], dtype=dtype, device=layer.z.device
+        len(encoder), n_heads, weights.W_V.shape[1], dtype=encoder.dtype, device=encoder.device
     )
     for head, group in enumerate(groups.tolist()):
         torch.matmul(encoder[:, head], weights.W_V[group].T, out=heads[:, head])
@@ -59,16 +91,136 @@ def feature_readers(
         value_bias = value_bias + heads @ norm.bias
     if norm.weight is not None:
         heads *= norm.weight
-    input_scale = dictionary.input_scale(encoded.scale)[positions, 0]
-    pattern = layer.pattern[:, positions].transpose(0, 1) / input_scale[:, None, None]
-    c = dictionary.constants(unique, dtype)
+    return heads, value_bias
+
+
+def _groups(layer: FrozenLayer) -> Int[Tensor, " head"]:
+    """The key/value group of each head."""
+    n_heads, n_kv = layer.z.shape[1], layer.weights.W_V.shape[0]
+    return torch.arange(n_heads, device=layer.z.device) // (n_heads // n_kv)
+
+
+def head_readers(
+    layer: FrozenLayer,
+    heads: Int[Tensor, " target"],
+    positions: Int[Tensor, " target"],
+    directions: Float[Tensor, "target d_model"],
+) -> FeatureReaders:
+    """The readers of ``direction . (what a head adds to the residual stream)``: one head each."""
+    weights, group = layer.weights, _groups(layer)[heads]
+    encoder = torch.einsum("td,ted->te", layer.before(directions), weights.W_O[heads])
+    if layer.post_scale is not None:
+        encoder = encoder / layer.post_scale[positions]
+    vector = torch.einsum("te,tde->td", encoder, weights.W_V[group])
+    bias = (encoder * weights.b_V[group]).sum(-1)
+    if weights.norm.bias is not None:
+        bias = bias + vector @ weights.norm.bias
+    if weights.norm.weight is not None:
+        vector = vector * weights.norm.weight
+    pattern = layer.pattern[heads, positions][:, None]
     return FeatureReaders(
-        heads=heads,
-        row=row,
+        heads=vector[:, None],
+        row=torch.arange(len(heads), device=heads.device),
         position=positions,
         weights=pattern / layer.scale[:, 0],
-        constant=c[row] + (pattern.sum(-1) * value_bias[row]).sum(-1),
-        value=c[row] + (encoder[row] * layer.z[positions]).sum((-2, -1)) / input_scale,
+        constant=pattern.sum((-2, -1)) * bias,
+        value=(encoder * layer.z[positions, heads]).sum(-1),
+    )
+
+
+@dataclass(frozen=True)
+class LocalReaders:
+    """Functionals of the residual stream at the targets' own positions.
+
+    Attributes:
+        vectors: ``[target, d_model]``; constant, value: ``[target]``.
+        centred: the stream is centred before it is read.
+    """
+
+    vectors: Float[Tensor, "target d_model"]
+    constant: Float[Tensor, " target"]
+    value: Float[Tensor, " target"]
+    centred: bool
+
+
+def mlp_feature_readers(
+    mlp: FrozenMlp,
+    features: Int[Tensor, " target"],
+    positions: Int[Tensor, " target"],
+    linear: LinearMlp | None,
+) -> LocalReaders:
+    """The readers of features of an MLP's dictionary; ``linear`` is needed for SAEs only."""
+    dictionary, encoded = mlp.dictionary, mlp.encoded
+    assert dictionary is not None
+    assert encoded is not None
+    dtype = mlp.out.dtype
+    rows = dictionary.encoder(features, dtype)
+    rows = rows / dictionary.input_scale(encoded.scale)[positions]
+    c = dictionary.constants(features, dtype)
+    value = c + (rows * mlp.read(dictionary)[positions]).sum(-1)
+    if dictionary.kind == "tc":
+        return _through_input(mlp, dictionary.reads, rows, positions, c, value)
+    assert linear is not None
+    readers = mlp_readers(mlp, positions, rows, linear)
+    return replace(readers, constant=c + readers.constant, value=value)
+
+
+def mlp_readers(
+    mlp: FrozenMlp,
+    positions: Int[Tensor, " target"],
+    directions: Float[Tensor, "target d_model"],
+    linear: LinearMlp,
+) -> LocalReaders:
+    """The readers of ``direction . (what the MLP adds)``, activation ratios frozen."""
+    value = (directions * mlp.out[positions]).sum(-1)
+    constant, into = torch.zeros_like(value), directions
+    if mlp.post_norm is not None and mlp.post_scale is not None:
+        if mlp.post_norm.bias is not None:
+            constant = directions @ mlp.post_norm.bias
+        into = mlp.post_norm.before(directions) / mlp.post_scale[positions]
+    constant = constant + (into * linear.constant[positions]).sum(-1)
+    rows = ((into @ linear.W_out.T) * linear.ratio[positions]) @ linear.W_in.T
+    return _through_input(mlp, "mlp_in", rows, positions, constant, value)
+
+
+def skip_readers(
+    mlp: FrozenMlp,
+    positions: Int[Tensor, " target"],
+    directions: Float[Tensor, "target d_model"],
+) -> LocalReaders:
+    """The readers of ``direction . (what a transcoder's skip connection adds)``."""
+    dictionary = mlp.dictionary
+    assert dictionary is not None
+    assert dictionary.W_skip is not None
+    assert mlp.skip is not None
+    into = directions
+    if dictionary.writes == "mlp_raw":
+        assert mlp.post_norm is not None
+        assert mlp.post_scale is not None
+        into = mlp.post_norm.before(directions) / mlp.post_scale[positions]
+    rows = into @ dictionary.W_skip.to(into.dtype).T
+    value = (directions * mlp.skip[positions]).sum(-1)
+    return _through_input(mlp, dictionary.reads, rows, positions, torch.zeros_like(value), value)
+
+
+def _through_input(
+    mlp: FrozenMlp,
+    reads: str,
+    rows: Float[Tensor, "target d_model"],
+    positions: Int[Tensor, " target"],
+    constant: Float[Tensor, " target"],
+    value: Float[Tensor, " target"],
+) -> LocalReaders:
+    """Functionals of an MLP's input as functionals of the residual stream."""
+    if reads == "mlp_stream":
+        return LocalReaders(rows, constant, value, centred=False)
+    if reads == "mlp_in":
+        if mlp.norm.bias is not None:
+            constant = constant + rows @ mlp.norm.bias
+        if mlp.norm.weight is not None:
+            rows = rows * mlp.norm.weight
+    return LocalReaders(
+        rows / mlp.scale[positions], constant, value, centred=mlp.norm.kind == "layer"
     )
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from sae_attn_plugin.attribution.rdfa import Flow
 from sae_attn_plugin.attribution.writers import WriterTable
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.nodes import Node
+from sae_attn_plugin.nodes import FEATURE_KINDS, Node
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -33,7 +33,7 @@ class Attribution:
         roots: nodes of the targets that were asked for, by node number.
         tokens: the prompt's tokens.
         provenance: everything needed to make this again.
-        neuronpedia: address of a layer's features, where the SAE names one.
+        neuronpedia: address of the features of a kind and layer, where the SAE names one.
         probabilities: of the tokens of logit targets, by node number.
     """
 
@@ -43,7 +43,7 @@ class Attribution:
     tokens: tuple[str, ...]
     provenance: Mapping[str, Any]
     head_split: HeadSplit
-    neuronpedia: Mapping[int, str]
+    neuronpedia: Mapping[tuple[str, int], str]
     probabilities: Mapping[int, float]
 
     def __repr__(self) -> str:
@@ -108,8 +108,8 @@ class Attribution:
         )
 
     def _neuronpedia_url(self, node: Node) -> str | None:
-        base = None if node.layer is None else self.neuronpedia.get(node.layer)
-        return f"{base}/{node.feature}" if base and node.kind == "attn" else None
+        base = None if node.layer is None else self.neuronpedia.get((node.kind, node.layer))
+        return f"{base}/{node.feature}" if base and node.kind in FEATURE_KINDS else None
 
     @cached_property
     def edges(self) -> pd.DataFrame:
@@ -131,20 +131,22 @@ class Attribution:
         )
 
     def edges_by_head(self) -> pd.DataFrame:
-        """Edges into features with one row per head; they sum to the edge. ``head`` is missing on
-        edges into logits and scores, which pass through no head's values."""
+        """Edges into attention features with one row per head; they sum to the edge. ``head`` is
+        missing on edges into logits, scores and MLPs, which pass through no head's values."""
         frame = self.edges
         target = np.repeat(self.flow.target, np.diff(self.flow.start))[self.flow.weight != 0]
         source = self.flow.source[self.flow.weight != 0]
         parsed = {int(n): self._node(int(n)) for n in self.flow.target}
+        kinds = np.array([parsed[int(n)].kind for n in target], dtype=object)
         layer = np.array(
-            [
-                -1 if (t := parsed[int(n)]).kind == "score" or t.layer is None else t.layer
-                for n in target
-            ],
-            dtype=int,
+            [n.layer if (n := parsed[int(i)]).kind == "attn" else -1 for i in target], dtype=int
         )
-        frames = [frame[layer < 0].assign(head=pd.NA)]
+        # A head's own edges pass through itself, those into an MLP or a logit through none.
+        heads = [parsed[int(n)].head for n in target[kinds == "head"]]
+        frames = [
+            frame[(layer < 0) & (kinds != "head")].assign(head=pd.NA),
+            frame[kinds == "head"].assign(head=heads),
+        ]
         for number in np.unique(layer[layer >= 0]):
             at = np.flatnonzero(layer == number)
             feature = np.array([parsed[int(n)].feature for n in target[at]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenRun
-from sae_attn_plugin.nodes import Node
+from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenMlp, FrozenRun
+from sae_attn_plugin.dictionaries import Dictionary, Encoded
+from sae_attn_plugin.nodes import FEATURE_KINDS, Node
 
 # Kinds by code, as stored in WriterTable.kind.
-KINDS = ("embed", "pos", "attn", "attn_bias", "attn_err", "head", "mlp")
+KINDS = (
+    *("embed", "pos", "attn", "attn_bias", "attn_err", "head", "mlp"),
+    *("tc", "tc_bias", "tc_err", "tc_skip", "mlp_sae", "mlp_sae_bias", "mlp_sae_err"),
+)
 _CODE = {kind: code for code, kind in enumerate(KINDS)}
+_OF_ATTENTION = ("attn", "attn_bias", "attn_err", "head")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class WriterTable:
             ``2l + 2`` its MLP.
         activation: feature activation, NaN for other kinds.
         starts: ``[positions + 1]``.
+        means: ``[writer]``, what centring took from each coordinate; None where nothing is centred.
     """
 
     vectors: Float[Tensor, "writer d_model"]
@@ -42,6 +49,7 @@ class WriterTable:
     activation: np.ndarray
     pre_activation: np.ndarray
     starts: np.ndarray
+    means: Float[Tensor, " writer"] | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -51,7 +59,11 @@ class WriterTable:
 
         ``layer`` may be the number of layers: then all of them, what the final norm reads.
         """
-        upstream = np.concatenate([[0], np.cumsum(self.depth < 2 * layer + 1)])
+        return self.before(2 * layer + 1)
+
+    def before(self, depth: int) -> np.ndarray:
+        """``[position]``: how many writers at each position come before ``depth``."""
+        upstream = np.concatenate([[0], np.cumsum(self.depth < depth)])
         return upstream[self.starts[1:]] - upstream[self.starts[:-1]]
 
     def node(self, row: int) -> Node:
@@ -60,7 +72,7 @@ class WriterTable:
             kind,
             int(self.position[row]),
             layer=layer if layer >= 0 else None,
-            feature=int(self.index[row]) if kind == "attn" else None,
+            feature=int(self.index[row]) if kind in FEATURE_KINDS else None,
             head=int(self.index[row]) if kind == "head" else None,
         )
 
@@ -68,9 +80,13 @@ class WriterTable:
         """The row of every writer, by node."""
         return {self.node(row): row for row in range(len(self))}
 
-    def features_of(self, layer: int) -> np.ndarray:
-        """Rows of the attention features of a layer."""
-        return np.flatnonzero((self.kind == _CODE["attn"]) & (self.layer == layer))
+    def features_of(self, layer: int, kind: str = "attn") -> np.ndarray:
+        """Rows of the features of a layer's attention (or MLP) dictionary."""
+        return np.flatnonzero((self.kind == _CODE[kind]) & (self.layer == layer))
+
+    def of_kinds(self, kinds: Iterable[str]) -> np.ndarray:
+        """``[writer]``: whether each is of one of these kinds."""
+        return np.isin(self.kind, [_CODE[kind] for kind in kinds])
 
 
 @dataclass
@@ -92,14 +108,16 @@ def write_table(run: FrozenRun) -> WriterTable:
         parts.append(_Part(run.pos_embed, "pos", everywhere))
     for number, layer in enumerate(run.layers):
         parts += _attention_parts(number, layer, everywhere)
-        if layer.mlp_out is not None:
-            parts.append(_Part(layer.mlp_out, "mlp", everywhere, number))
+        if layer.mlp is not None:
+            parts += _mlp_parts(number, layer.mlp, everywhere)
     return _assemble(parts, run)
 
 
 def _attention_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> list[_Part]:
     weights, dtype = layer.weights, layer.z.dtype
     bias = weights.b_O.expand(len(everywhere), -1)
+    if layer.dictionary is not None and layer.dictionary.writes == "attn_out":
+        return _attn_out_parts(number, layer, everywhere)
     if layer.dictionary is None or layer.encoded is None:
         n_heads = layer.z.shape[1]
         # One head at a time through its own slice of W_O.
@@ -112,7 +130,7 @@ def _attention_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> lis
         dictionary, encoded = layer.dictionary, layer.encoded
         unique, inverse = encoded.feature.unique(return_inverse=True)
         rows = dictionary.decoder(unique, dtype).flatten(-2) @ weights.W_O.flatten(0, 1)
-        strength = encoded.activation * encoded.scale[encoded.position, 0]
+        strength = dictionary.strength(encoded)
         vectors = layer.after(rows[inverse] * strength[:, None], encoded.position)
         parts = [
             _Part(
@@ -134,6 +152,52 @@ def _attention_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> lis
     return [*parts, _Part(bias, "attn_bias", everywhere, number)]
 
 
+def _attn_out_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> list[_Part]:
+    """What an SAE on attn_out splits is already in the residual stream, b_O with it."""
+    dictionary, encoded = layer.dictionary, layer.encoded
+    assert dictionary is not None
+    assert encoded is not None
+    return [
+        _feature_part(dictionary, encoded, number),
+        _Part(layer.error, "attn_err", everywhere, number),
+        _Part(dictionary.bias(encoded.scale, encoded.mean), "attn_bias", everywhere, number),
+    ]
+
+
+def _feature_part(dictionary: Dictionary, encoded: Encoded, number: int) -> _Part:
+    """Features whose decoder rows lie in the residual stream."""
+    rows = dictionary.decoder(encoded.feature, encoded.activation.dtype)
+    return _Part(
+        rows * dictionary.strength(encoded)[:, None],
+        dictionary.kind,
+        encoded.position,
+        number,
+        encoded.feature,
+        encoded.activation,
+        encoded.pre_activation,
+    )
+
+
+def _mlp_parts(number: int, mlp: FrozenMlp, everywhere: Tensor) -> list[_Part]:
+    dictionary, encoded = mlp.dictionary, mlp.encoded
+    if dictionary is None or encoded is None:
+        return [_Part(mlp.out, "mlp", everywhere, number)]
+    assert mlp.error is not None
+    features = _feature_part(dictionary, encoded, number)
+    features.vectors = mlp.after(features.vectors, features.position)
+    bias = mlp.after(dictionary.bias(encoded.scale, encoded.mean), slice(None))
+    if mlp.post_bias is not None:
+        bias = bias + mlp.post_bias
+    parts = [
+        features,
+        _Part(bias, f"{dictionary.kind}_bias", everywhere, number),
+        _Part(mlp.error, f"{dictionary.kind}_err", everywhere, number),
+    ]
+    if mlp.skip is not None:
+        parts.append(_Part(mlp.skip, "tc_skip", everywhere, number))
+    return parts
+
+
 def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
     def column(get: object, fill: float, dtype: type) -> np.ndarray:
         columns = []
@@ -152,9 +216,11 @@ def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
     order = np.lexsort((depth, position))  # stable: features keep their order
     vectors = torch.cat([part.vectors for part in parts])
     vectors = vectors[torch.from_numpy(order).to(vectors.device)]
+    means = None
     if run.normalization == "layer":
         # Centring is symmetric, so it moves from every reader to the writers, once.
-        vectors -= vectors.mean(-1, keepdim=True)
+        means = vectors.mean(-1)
+        vectors -= means[:, None]
     position = position[order]
     return WriterTable(
         vectors=vectors,
@@ -166,10 +232,11 @@ def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
         activation=column(lambda part: part.activation, np.nan, np.float64)[order],
         pre_activation=column(lambda part: part.pre_activation, np.nan, np.float64)[order],
         starts=np.searchsorted(position, np.arange(run.n_positions + 1)),
+        means=means,
     )
 
 
 def _depth(part: _Part) -> int:
     if part.layer < 0:
         return 0
-    return 2 * part.layer + (2 if part.kind == "mlp" else 1)
+    return 2 * part.layer + (1 if part.kind in _OF_ATTENTION else 2)

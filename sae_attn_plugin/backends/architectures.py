@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sae_attn_plugin.backends.protocol import Geometry, LayerWeights, Norm
+from sae_attn_plugin.backends.protocol import Geometry, LayerWeights, MlpWeights, Norm
 from sae_attn_plugin.backends.walk import select_values, submodule
 from sae_attn_plugin.errors import InputError, UnsupportedError
 
@@ -54,6 +54,9 @@ class Architecture:
         score_scale: attribute of the attention module that multiplies scores (with ``/`` before it:
             that divides them), or the factor itself.
         score_soft_cap: name of the configuration's field with the soft-cap of scores, if any.
+        mlp_in, mlp_gate, mlp_out, mlp_activation: from the MLP; what ``mlp="linearise"`` needs.
+            ``mlp_gate`` is None where there is no gate, and equal to ``mlp_in`` where one matrix
+            holds the gate and then the rest. None: unknown.
     """
 
     model_type: str
@@ -83,6 +86,10 @@ class Architecture:
     rotary_pairs: Literal["halves", "adjacent"] = "halves"
     score_scale: str | float = "scaling"
     score_soft_cap: str | None = None
+    mlp_in: str | None = None
+    mlp_gate: str | None = None
+    mlp_out: str | None = None
+    mlp_activation: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -121,6 +128,9 @@ _GPT2 = Architecture(
     mlp_norm="ln_2",
     layout="stacked",
     norm_kind="layer",
+    mlp_in="c_fc",
+    mlp_out="c_proj",
+    mlp_activation="act",
 )
 _LLAMA = Architecture(
     model_type="llama",
@@ -138,6 +148,10 @@ _LLAMA = Architecture(
     queries="self_attn.q_proj",
     keys="self_attn.k_proj",
     rotary="model.rotary_emb",
+    mlp_in="up_proj",
+    mlp_gate="gate_proj",
+    mlp_out="down_proj",
+    mlp_activation="act_fn",
 )
 _QK_NORM: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _GEMMA = replace(_LLAMA, model_type="gemma", norm_offset=1.0)
@@ -170,6 +184,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             layout="interleaved",
             parallel="use_parallel_residual",
             rotary="gpt_neox.rotary_emb",
+            mlp_in="dense_h_to_4h",
+            mlp_out="dense_4h_to_h",
         ),
         replace(
             _GPT2,
@@ -185,6 +201,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             rotary="transformer.h.0.attn.embed_positions",
             rotary_pairs="adjacent",
             score_scale="/scale_attn",
+            mlp_in="fc_in",
+            mlp_out="fc_out",
         ),
         _LLAMA,
         replace(_LLAMA, model_type="mistral"),
@@ -203,7 +221,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             mlp_post_norm="post_feedforward_layernorm",
             **_QK_NORM,
         ),
-        replace(_LLAMA, model_type="phi3", values="self_attn.qkv_proj", layout="stacked"),
+        replace(
+            _LLAMA,
+            model_type="phi3",
+            values="self_attn.qkv_proj",
+            layout="stacked",
+            mlp_in="gate_up_proj",
+            mlp_gate="gate_up_proj",
+            mlp_activation="activation_fn",
+        ),
     )
 }
 
@@ -328,6 +354,52 @@ def read_layer(
     )
 
 
+def read_mlp(
+    model: nn.Module,
+    architecture: Architecture,
+    layer: int,
+    source: WeightSource | None = None,
+) -> MlpWeights:
+    """The weights of one layer's MLP of a Hugging Face model.
+
+    Raises:
+        UnsupportedError: a row that does not say how the MLP is made, or says so wrongly.
+    """
+    row = architecture
+    if row.mlp_in is None or row.mlp_out is None or row.mlp_activation is None:
+        raise UnsupportedError(
+            f"the architecture {row.model_type!r} does not say how its MLP is made, which "
+            "mlp='linearise' needs: give mlp_in, mlp_out, mlp_activation (and mlp_gate) in "
+            "sap.Architecture"
+        )
+    path = f"{row.blocks}.{layer}.{row.mlp}"
+    try:
+        mlp = submodule(model, path)
+        W_in, b_in = read_matrix(submodule(mlp, row.mlp_in), source)
+        W_out, b_out = read_matrix(submodule(mlp, row.mlp_out), source)
+        activation = submodule(mlp, row.mlp_activation)
+        W_gate, b_gate = None, None
+        if row.mlp_gate == row.mlp_in:
+            W_gate, W_in = W_in.chunk(2, dim=-1)
+            b_gate, b_in = (None, None) if b_in is None else b_in.chunk(2)
+        elif row.mlp_gate is not None:
+            W_gate, b_gate = read_matrix(submodule(mlp, row.mlp_gate), source)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UnsupportedError(
+            f"the architecture {row.model_type!r}: {type(model).__name__} has no MLP at {path!r} "
+            f"with {row.mlp_in}, {row.mlp_out} and {row.mlp_activation} ({error})"
+        ) from None
+    return MlpWeights(W_in, W_out, activation, b_in, b_out, W_gate, b_gate)
+
+
+def mlp_matrices(architecture: Architecture, layer: int) -> list[str]:
+    """Paths of a layer's MLP matrices, from the model; none where the row does not say."""
+    row = architecture
+    names = (row.mlp_in, row.mlp_gate, row.mlp_out)
+    path = f"{row.blocks}.{layer}.{row.mlp}"
+    return [f"{path}.{name}" for name in dict.fromkeys(names) if name is not None]
+
+
 def read_norm(
     module: nn.Module, architecture: Architecture, source: WeightSource | None = None
 ) -> Norm:
@@ -351,6 +423,7 @@ def read_matrix(
     module: nn.Module, source: WeightSource | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Weight as ``[in, out]`` and bias of a Linear or of GPT-2's Conv1D."""
+    module = getattr(module, "original_component", module)  # TransformerBridge wraps some
     weight, bias = (source or own_weights)(module)
     assert weight is not None
     # Conv1D already stores [in, out].

@@ -20,15 +20,18 @@ from sae_attn_plugin.backends.architectures import (
     check_modules,
     execution_device,
     find_architecture,
+    mlp_matrices,
     read_geometry,
     read_layer,
     read_matrix,
+    read_mlp,
     read_norm,
 )
 from sae_attn_plugin.backends.protocol import (
     LAYER_SITES,
     Edit,
     LayerWeights,
+    MlpWeights,
     Norm,
     Site,
     check_editable,
@@ -105,6 +108,12 @@ class HuggingFaceBackend:
         if self.remote:
             self._fetch_weights(score_modules(row, layer))
         return read_scores(self.model, row, self.geometry, layer, n_positions, self._source)
+
+    def mlp_weights(self, layer: int) -> MlpWeights:
+        row = self._architecture
+        if self.remote:
+            self._fetch_weights(mlp_matrices(row, layer))
+        return read_mlp(self.model, row, layer, self._source)
 
     def final_norm(self) -> Norm:
         row = self._architecture

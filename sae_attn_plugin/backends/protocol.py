@@ -6,6 +6,7 @@ reads and edits named sites. Everything else is shared. Adding a host means writ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -133,6 +134,10 @@ class Norm:
         y = self.centre(x) / scale
         return y if self.weight is None else y * self.weight
 
+    def before(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """Functionals of the norm's output as functionals of its input, without its scale."""
+        return self.centre(rows if self.weight is None else rows * self.weight)
+
     def as_host(
         self, x: Float[Tensor, "... d"], scale: Float[Tensor, "... 1"] | None = None
     ) -> Float[Tensor, "... d"]:
@@ -184,6 +189,50 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class MlpWeights:
+    """Weights of one MLP as plain tensors.
+
+    ``raw = hidden(x) W_out + b_out`` with ``hidden = activation(x W_in + b_in)``, or with a gate
+    ``hidden = activation(x W_gate + b_gate) * (x W_in + b_in)``. ``W_in, W_gate [d_model, d_mlp]``,
+    ``W_out [d_mlp, d_model]``; missing biases are None.
+    """
+
+    W_in: Float[Tensor, "d_model d_mlp"]
+    W_out: Float[Tensor, "d_mlp d_model"]
+    activation: Edit
+    b_in: Float[Tensor, " d_mlp"] | None = None
+    b_out: Float[Tensor, " d_model"] | None = None
+    W_gate: Float[Tensor, "d_model d_mlp"] | None = None
+    b_gate: Float[Tensor, " d_mlp"] | None = None
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> MlpWeights:
+        changed: dict[str, Any] = {
+            name: value.to(device, dtype)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
+
+    def pre(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_mlp"]:
+        """What ``W_in`` gives."""
+        return x @ self.W_in if self.b_in is None else x @ self.W_in + self.b_in
+
+    def gate(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_mlp"] | None:
+        """What the gate multiplies with, after its activation; None without a gate."""
+        if self.W_gate is None:
+            return None
+        gate = x @ self.W_gate
+        return self.activation(gate if self.b_gate is None else gate + self.b_gate)
+
+    def raw(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """The MLP's output before any post-norm, from its input."""
+        gate = self.gate(x)
+        hidden = self.activation(self.pre(x)) if gate is None else gate * self.pre(x)
+        out = hidden @ self.W_out
+        return out if self.b_out is None else out + self.b_out
+
+
+@dataclass(frozen=True)
 class Capture:
     """One forward pass, every tensor the algebra needs. Shapes as in :class:`Site`."""
 
@@ -213,6 +262,14 @@ class Backend(Protocol):
 
     def score_weights(self, layer: int, n_positions: int) -> ScoreWeights:
         """What one layer's attention scores are made of, for a prompt of ``n_positions``."""
+        ...
+
+    def mlp_weights(self, layer: int) -> MlpWeights:
+        """Weights of one layer's MLP, on the model's device, in the model's dtype.
+
+        Raises:
+            UnsupportedError: an MLP of another form, or an architecture whose row does not say.
+        """
         ...
 
     def final_norm(self) -> Norm: ...
@@ -304,27 +361,11 @@ def self_check(backend: Backend) -> None:
         BackendError: naming the identity that failed, and by how much.
     """
     g = backend.geometry
-    # Distinct tokens, away from id 0, so that position and token mistakes show.
-    tokens = (torch.arange(1, 7, device=g.device) * 37 % g.d_vocab)[None, : g.n_ctx]
+    tokens = _check_tokens(g)
     weights_of = [backend.layer_weights(i).to(g.dtype, g.device) for i in range(g.n_layers)]
     mlp_in = [Site("mlp_in", i) for i, w in enumerate(weights_of) if g.has_mlp and w.mlp_norm]
     run = capture(backend, tokens, mlp_in)
-    tolerance = 1e-4 if g.dtype.itemsize >= 4 else 5e-2
-
-    def same(name: str, got: Tensor, expected: Tensor) -> None:
-        if got.shape != expected.shape:
-            raise BackendError(
-                f"{_who(backend)}: {name} failed: shapes {tuple(got.shape)} and "
-                f"{tuple(expected.shape)} differ. {_ADVICE}"
-            )
-        size = expected.abs().max().item()
-        error = (got.double() - expected.double()).abs().max().item()
-        if not error <= tolerance * max(size, 1e-6):
-            raise BackendError(
-                f"{_who(backend)}: {name} failed: largest difference {error:.3g}, largest value "
-                f"{size:.3g}, allowed {tolerance:g} of it. {_ADVICE}"
-            )
-
+    same = functools.partial(_same, backend)
     stream = run["embed", -1]
     if g.learned_positions:
         stream = stream + run["pos_embed", -1]
@@ -362,6 +403,48 @@ def self_check(backend: Backend) -> None:
     if torch.equal(edited[Site("logits")], run.logits):
         raise BackendError(
             f"{_who(backend)}: an edit at {last} does not change the logits. {_ADVICE}"
+        )
+
+
+def check_mlps(backend: Backend) -> None:
+    """Check on a short input that each MLP is what its weights say.
+
+    Raises:
+        BackendError: naming the layer that is not, and by how much.
+        UnsupportedError: MLPs of another form.
+    """
+    g = backend.geometry
+    run = capture(backend, _check_tokens(g))
+    for layer in range(g.n_layers):
+        weights = backend.mlp_weights(layer).to(g.dtype, g.device)
+        norm = backend.layer_weights(layer).mlp_norm or Norm("none")
+        stream = run["resid_pre", layer]
+        if not g.parallel:
+            stream = stream + run["attn_out", layer]
+        expected = run["mlp_raw" if g.mlp_post_norm else "mlp_out", layer]
+        what = f"the MLP from its weights in layer {layer}"
+        _same(backend, what, weights.raw(norm.as_host(stream)), expected)
+
+
+def _check_tokens(geometry: Geometry) -> Tensor:
+    """Distinct tokens, away from id 0, so that position and token mistakes show."""
+    g = geometry
+    return (torch.arange(1, 7, device=g.device) * 37 % g.d_vocab)[None, : g.n_ctx]
+
+
+def _same(backend: Backend, name: str, got: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-4 if backend.geometry.dtype.itemsize >= 4 else 5e-2
+    if got.shape != expected.shape:
+        raise BackendError(
+            f"{_who(backend)}: {name} failed: shapes {tuple(got.shape)} and "
+            f"{tuple(expected.shape)} differ. {_ADVICE}"
+        )
+    size = expected.abs().max().item()
+    error = (got.double() - expected.double()).abs().max().item()
+    if not error <= tolerance * max(size, 1e-6):
+        raise BackendError(
+            f"{_who(backend)}: {name} failed: largest difference {error:.3g}, largest value "
+            f"{size:.3g}, allowed {tolerance:g} of it. {_ADVICE}"
         )
 
 

@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_attn_plugin.backends.architectures import Architecture, find_architecture, read_norm
+from sae_attn_plugin.backends.architectures import (
+    Architecture,
+    find_architecture,
+    read_mlp,
+    read_norm,
+)
 from sae_attn_plugin.backends.protocol import (
     Edit,
     Geometry,
     LayerWeights,
+    MlpWeights,
     Norm,
     Site,
     check_editable,
@@ -292,6 +298,29 @@ class TransformerLensBackend:
             slopes = attn.create_alibi_multipliers(cfg.n_heads, device=g.device)
             parts["alibi_slopes"] = slopes.to(g.dtype)
         return parts
+
+    def mlp_weights(self, layer: int) -> MlpWeights:
+        if self._row is not None:
+            return read_mlp(self.model.original_model, self._row, layer)
+        mlp, cfg = self.model.blocks[layer].mlp, self.model.cfg
+        activation = getattr(mlp, "act_fn", None)
+        if not hasattr(mlp, "W_in") or activation is None or cfg.act_fn.endswith("_ln"):
+            raise UnsupportedError(
+                f"{cfg.model_name}: mlp='linearise' needs MLPs with one activation between two "
+                f"matrices, gated or not; got {type(mlp).__name__} with {cfg.act_fn!r}"
+            )
+
+        def get(name: str) -> Tensor | None:
+            value = getattr(mlp, name, None)
+            return None if value is None else value.detach()
+
+        W_in, W_out = mlp.W_in.detach(), mlp.W_out.detach()
+        W_gate, b_in, b_out = get("W_gate"), get("b_in"), get("b_out")
+        if W_gate is not None and b_in is not None:
+            # TransformerLens adds it after the gate.
+            shift = b_in @ W_out
+            b_in, b_out = None, shift if b_out is None else b_out + shift
+        return MlpWeights(W_in, W_out, activation, b_in, b_out, W_gate)
 
     def final_norm(self) -> Norm:
         kind = self.geometry.normalization

@@ -158,7 +158,7 @@ def _heads(screen: Screen, lens: FeatureLens, run: Run, name: str) -> None:
     assert node.layer is not None
     assert node.feature is not None
     dfa = run.dfa(node.layer, node.feature, node.position)
-    weights = sap.head_attribution(lens.dictionaries[node.layer]).loc[node.feature]
+    weights = lens.head_attribution(node.layer).loc[node.feature]
     by_head, by_source = dfa.by_head.tolist(), dfa.by_source.tolist()
     total = sum(map(abs, by_head)) or 1.0
     screen.heading(

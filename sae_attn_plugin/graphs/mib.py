@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["to_mib"]
 
-_MLP = ("mlp", "tc", "tc_err", "tc_bias")
+_MLP = (
+    *("mlp", "tc", "tc_err", "tc_bias", "tc_skip"),
+    *("mlp_sae", "mlp_sae_err", "mlp_sae_bias"),
+)
 _TOLERANCE = 1e-3  # of a target's edges; other runs, and other precisions, miss by far more
 _NOTE = (
     "Scores of attribution through values only (<v>): query and key inputs and MLP inputs are not "
@@ -215,7 +218,13 @@ class _Parts:
         assert node.layer is not None
         if node.kind == "head":
             return [(f"a{node.layer}.h{node.head}", whole)]
-        heads = self._by_head(node, self.run.frozen.layers[node.layer])
+        frozen = self.run.frozen.layers[node.layer]
+        if frozen.dictionary is not None and frozen.dictionary.writes != "z":
+            raise UnsupportedError(
+                f"the SAE of layer {node.layer} writes to the residual stream, not to heads; a "
+                "circuit of heads needs SAEs on hook_z"
+            )
+        heads = self._by_head(node, frozen)
         if self.run.frozen.normalization == "layer":
             heads = heads - heads.mean(-1, keepdim=True)  # as the writers are
         rest = whole - heads.sum(0)

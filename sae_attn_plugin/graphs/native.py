@@ -264,7 +264,7 @@ def _pack_attribution(content: Attribution, heads: bool) -> tuple[Any, dict[str,
             "roots": [[number, str(node)] for number, node in content.roots.items()],
             "tokens": list(content.tokens),
             "provenance": plain(content.provenance, "provenance"),
-            "neuronpedia": [[layer, url] for layer, url in content.neuronpedia.items()],
+            "neuronpedia": [[*key, url] for key, url in content.neuronpedia.items()],
             "probabilities": [
                 [number, plain(p, "probability")] for number, p in content.probabilities.items()
             ],
@@ -332,7 +332,11 @@ def _unpack_attribution(document: Any, tensors: _Tensors) -> Attribution:
         tokens=tuple(document["tokens"]),
         provenance=document["provenance"],
         head_split=_no_heads,
-        neuronpedia=dict(document["neuronpedia"]),
+        # earlier files name the layer only, since all features were of attention
+        neuronpedia={
+            ("attn", key[0]) if len(key) == 1 else (key[0], key[1]): url
+            for *key, url in document["neuronpedia"]
+        },
         probabilities=dict(document["probabilities"]),
     )
     if document["heads"] is None:

@@ -34,6 +34,13 @@ _TYPES = {
     "attn_bias": "bias",
     "head": "lorsa error",  # no dictionary, hence all of it unexplained
     "mlp": "mlp reconstruction error",
+    "tc": "cross layer transcoder",  # the pages' name for MLP features of any transcoder
+    "tc_skip": "bias",
+    "tc_err": "mlp reconstruction error",
+    "tc_bias": "bias",
+    "mlp_sae": "cross layer transcoder",
+    "mlp_sae_err": "mlp reconstruction error",
+    "mlp_sae_bias": "bias",
     "embed": "embedding",
     "pos": "position embedding",
     "logit": "logit",
@@ -56,8 +63,9 @@ def to_neuronpedia(
 ) -> dict[str, Any]:
     """A graph as a Neuronpedia document (schema 1.0.0); the same graph gives the same document.
 
-    Attention features are of the type ``"lorsa"``, the pages' attention features, with numbers
-    paired as Cantor does (``schema_version`` 1). ``influence`` is cumulative, as the pages' slider
+    Attention features are of the type ``"lorsa"``, the pages' attention features, those of
+    transcoders and MLP SAEs of the type ``"cross layer transcoder"``, with numbers paired as Cantor
+    does (``schema_version`` 1). ``influence`` is cumulative, as the pages' slider
     wants it: the share of the influence in the file that a node holds together with those above it,
     so small means important; it is None on targets, which are always shown. The extra keys
     ``sae_attn_id`` and ``sae_attn_kind`` say what a node is; links of a graph by head carry
@@ -95,12 +103,19 @@ def to_neuronpedia(
     for name, node in nodes.items():
         if node.position >= len(tokens):
             raise InputError(f"the node {name} is outside the prompt of {len(tokens)} tokens")
-    urls = [_URL.fullmatch(str(url)) for _, url in graph.nodes(data="neuronpedia") if url]
-    sources = [match for match in urls if match]
+    urls = {
+        name: match
+        for name, url in graph.nodes(data="neuronpedia")
+        if url and (match := _URL.fullmatch(str(url)))
+    }
+    sources = list(urls.values())
+    of_mlps = [match for name, match in urls.items() if nodes[name].kind in ("tc", "mlp_sae")]
+    of_attention = [match for name, match in urls.items() if nodes[name].kind == "attn"]
     if scan is None:
         scan = _the_one(sources, "model", "scan") or _model_name(known.get("model"))
     if source_set is None:
-        source_set = _the_one(sources, "set", "source_set")
+        source_set = _the_one(of_attention, "set", "source_set")
+    mlp_set = _the_one(of_mlps, "set", None)
     links = _links(graph)
     writer = _Writer(graph, nodes, no_feature, cantor)
     document = {
@@ -126,8 +141,9 @@ def to_neuronpedia(
     metadata = document["metadata"]
     if not cantor:
         del metadata["schema_version"]
-    if source_set is not None:
-        metadata["feature_details"] = {"neuronpedia_lorsa_source_set": source_set}
+    details = {"neuronpedia_lorsa_source_set": source_set, "neuronpedia_source_set": mlp_set}
+    if known_details := {key: value for key, value in details.items() if value is not None}:
+        metadata["feature_details"] = known_details
     if isinstance(pruning := known.get("pruning"), dict):
         metadata["pruning_settings"] = _pruning_settings(pruning)
     if slug is None:
@@ -180,8 +196,14 @@ class _Writer:
                 body = f"{node.layer}_bias_attn"
             case "head":
                 body = f"{node.layer}_head_{node.head}"
-            case "mlp":
+            case "mlp" | "tc_err" | "mlp_sae_err":
                 body = f"{node.layer}_error_mlp"
+            case "tc" | "mlp_sae":  # one dictionary for each MLP
+                body = f"{node.layer}_{node.feature}"
+            case "tc_skip":
+                body = f"{node.layer}_skip_mlp"
+            case "tc_bias" | "mlp_sae_bias":
+                body = f"{node.layer}_bias_mlp"
             case "embed":
                 body = f"E_{self.token_ids[node.position]}"
             case "pos":
@@ -200,7 +222,7 @@ class _Writer:
     def feature(self, name: str) -> int | None:
         node = self.nodes[name]
         match node:
-            case Node(kind="attn", layer=int(layer), feature=int(feature)):
+            case Node(layer=int(layer), feature=int(feature)):
                 return cantor_pair(layer, feature) if self.cantor else feature
             case Node(kind="embed"):
                 return node.position
@@ -217,7 +239,7 @@ class _Writer:
         node = self.nodes[name]
         token = quote(self.tokens[node.position])
         match node.kind:
-            case "attn":
+            case "attn" | "tc" | "mlp_sae":
                 return _text(self.graph.nodes[name].get("label"), "")
             case "attn_err":
                 return f"Err: attention {node.layer} {token}"
@@ -227,6 +249,12 @@ class _Writer:
                 return f"Head {node.layer}.{node.head} {token}"
             case "mlp":
                 return f"MLP {node.layer} {token}"
+            case "tc_skip":
+                return f"Skip: MLP {node.layer} {token}"
+            case "tc_err" | "mlp_sae_err":
+                return f"Err: MLP {node.layer} {token}"
+            case "tc_bias" | "mlp_sae_bias":
+                return f"Bias: MLP {node.layer} {token}"
             case "embed":
                 return f"Emb: {token}"
             case "pos":
@@ -353,8 +381,11 @@ def _pruning_settings(pruning: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _the_one(sources: Iterable[re.Match[str]], group: str, option: str) -> str | None:
+def _the_one(sources: Iterable[re.Match[str]], group: str, option: str | None) -> str | None:
+    """What all sources share; several are refused, or none is named where no option picks one."""
     found = sorted({match[group] for match in sources})
+    if len(found) > 1 and option is None:
+        return None
     if len(found) > 1:
         raise InputError(
             f"the features are of several sources on Neuronpedia ({', '.join(found)}), and a graph "

@@ -16,7 +16,10 @@ from sae_attn_plugin.nodes import KINDS, Node, quote
 __all__ = ["Path", "strongest_paths"]
 
 # Where the token at the position says what the node is.
-_SHOW_TOKEN = ("embed", "pos", "mlp", "attn_err", "attn_bias", "head")
+_SHOW_TOKEN = (
+    *("embed", "pos", "mlp:", "attn_err", "attn_bias", "head"),
+    *("tc_err", "tc_bias", "tc_skip", "mlp_sae_err", "mlp_sae_bias"),
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from matplotlib.textpath import text_to_path
 
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import write_atomically
-from sae_attn_plugin.nodes import TARGET_KINDS, Node
+from sae_attn_plugin.nodes import FEATURE_KINDS, TARGET_KINDS, Node
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -35,7 +35,14 @@ _STYLES: dict[str, tuple[str, str, str]] = {  # kind -> marker, fill, name in th
     "head": ("h", "#F0E442", "head without SAE"),
     "attn_err": ("X", "#CC79A7", "attention error"),
     "attn_bias": ("d", "#C9C9C9", "attention bias"),
+    "tc": ("v", "#56B4E9", "transcoder feature"),
+    "mlp_sae": ("<", "#56B4E9", "MLP feature"),
     "mlp": ("s", "#8C8C8C", "MLP"),
+    "tc_skip": ("P", "#8C8C8C", "transcoder skip"),
+    "tc_err": ("X", "#8C8C8C", "transcoder error"),
+    "mlp_sae_err": ("X", "#8C8C8C", "MLP error"),
+    "tc_bias": ("D", "#C9C9C9", "transcoder bias"),
+    "mlp_sae_bias": ("D", "#C9C9C9", "MLP bias"),
     "embed": ("o", "#FFFFFF", "token embedding"),
     "pos": ("p", "#E4DDF4", "position embedding"),
     "logit": ("*", "#222222", "logit"),
@@ -179,7 +186,7 @@ def _row_of(node: Node) -> _Row:
         return _Row(math.inf, 0)
     if node.layer is None:
         return _Row(-1, 0)
-    return _Row(node.layer, int(node.kind == "mlp"))
+    return _Row(node.layer, int(node.kind.startswith(("mlp", "tc"))))
 
 
 @dataclass
@@ -265,7 +272,7 @@ class _Scene:
 
     def _spot(self, name: str, is_target: bool) -> _Spot:
         node = Node.parse(name)
-        if node.kind == "attn":
+        if node.kind in FEATURE_KINDS:
             label = str(node.feature)
         elif node.kind == "head":
             label = f"{node.layer}.{node.head}"
