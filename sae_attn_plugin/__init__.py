@@ -36,7 +36,22 @@ if TYPE_CHECKING:
     from sae_attn_plugin.graphs.paths import strongest_paths
     from sae_attn_plugin.graphs.picture import draw
     from sae_attn_plugin.interventions.apply import InterventionResult
-    from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, SetFeature
+    from sae_attn_plugin.interventions.datasets import DatasetResult
+    from sae_attn_plugin.interventions.edits import (
+        AblateError,
+        AblateFeature,
+        AblateHead,
+        AddToStream,
+        Edit,
+        Freeze,
+        From,
+        Mean,
+        PatchEdge,
+        PatchSite,
+        ScaleFeature,
+        SetFeature,
+        Steer,
+    )
     from sae_attn_plugin.interventions.validate import Agreement, Validation, validate
     from sae_attn_plugin.lens import FeatureLens, Run
     from sae_attn_plugin.nodes import Direction, Feature, HeadScore, Logit, LogitDiff, Node
@@ -46,7 +61,9 @@ if TYPE_CHECKING:
 
 # public name -> where it lives
 _PUBLIC = {
+    "AblateError": "interventions.edits",
     "AblateFeature": "interventions.edits",
+    "AblateHead": "interventions.edits",
     "AddToStream": "interventions.edits",
     "Agreement": "interventions.validate",
     "AttentionSAE": "saes",
@@ -54,22 +71,31 @@ _PUBLIC = {
     "Attribution": "attribution.table",
     "BackendError": "errors",
     "DFA": "attribution.dfa",
+    "DatasetResult": "interventions.datasets",
     "Dictionary": "dictionaries",
     "Direction": "nodes",
+    "Edit": "interventions.edits",
     "Feature": "nodes",
     "FeatureLens": "lens",
     "FileError": "errors",
+    "Freeze": "interventions.edits",
+    "From": "interventions.edits",
     "HeadScore": "nodes",
     "InputError": "errors",
     "InterventionResult": "interventions.apply",
     "Logit": "nodes",
     "LogitDiff": "nodes",
+    "Mean": "interventions.edits",
     "Node": "nodes",
     "Page": "graphs.html",
+    "PatchEdge": "interventions.edits",
+    "PatchSite": "interventions.edits",
     "QKAttribution": "attribution.qk",
     "Run": "lens",
     "SaeAttnError": "errors",
+    "ScaleFeature": "interventions.edits",
     "SetFeature": "interventions.edits",
+    "Steer": "interventions.edits",
     "UnsupportedError": "errors",
     "Validation": "interventions.validate",
     "draw": "graphs.picture",
@@ -101,10 +127,21 @@ __all__ = [  # noqa: RUF022 - the front door first
     "Direction",
     "HeadScore",
     "Node",
+    "Edit",
     "AblateFeature",
-    "AddToStream",
     "SetFeature",
+    "ScaleFeature",
+    "Steer",
+    "AblateError",
+    "AblateHead",
+    "PatchSite",
+    "PatchEdge",
+    "AddToStream",
+    "From",
+    "Mean",
+    "Freeze",
     "InterventionResult",
+    "DatasetResult",
     "validate",
     "Validation",
     "Agreement",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +41,7 @@ from sae_attn_plugin.backends.protocol import (
 from sae_attn_plugin.dictionaries import Dictionary, head_attribution, place, place_mlp
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.heads import fit
-from sae_attn_plugin.interventions import apply
+from sae_attn_plugin.interventions import apply, datasets
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
@@ -56,6 +56,9 @@ from sae_attn_plugin.nodes import (
     quote,
     unquote,
 )
+from sae_attn_plugin.tasks.induction import InductionDataset
+from sae_attn_plugin.tasks.ioi import IOIDataset
+from sae_attn_plugin.tasks.roles import Roles, roles_of
 from sae_attn_plugin.tokens import (
     as_index,
     check_ids,
@@ -71,6 +74,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from sae_attn_plugin.graphs.html import Page
+
+Dataset = IOIDataset | InductionDataset
 
 _PROGRESS_LAYERS = 12  # fewer layers are done before a bar could be read
 _TOP_LOGITS, _TOP_PROBABILITY = 10, 0.95  # as circuit-tracer's default targets
@@ -215,13 +220,17 @@ class FeatureLens:
                 return [check_ids(row, g.d_vocab, g.n_ctx, g.device)[0] for row in given]
         return list(check_ids(given, g.d_vocab, g.n_ctx, g.device))
 
-    def run(self, prompt: str | Sequence[Any] | Tensor) -> Run:
-        """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``.
+    def run(self, prompt: str | Sequence[Any] | Tensor | Dataset) -> Run:
+        """Run the model on a prompt, a list of prompts, or token ids ``[batch, position]``, or on
+        all prompts of a data set (whose roles and answers the run then knows).
 
         Prompts may differ in length: those of equal length share a forward pass, and nothing is
         padded, so each gets the numbers it gets alone. ``run[i]`` is the run of one prompt, with
         its own tokens only. A run of unequal prompts has no ``tokens`` or ``logits`` as a whole.
         """
+        roles = Roles()
+        if isinstance(prompt, IOIDataset | InductionDataset):
+            roles, prompt = roles_of(prompt), _token_rows(prompt)
         rows = self._to_rows(prompt)
         texts: tuple[str | None, ...] = (None,) * len(rows)
         if isinstance(prompt, str):
@@ -230,20 +239,62 @@ class FeatureLens:
             texts = tuple(prompt)
         lengths = [len(row) for row in rows]
         if len(set(lengths)) == 1:
-            return Run(self, capture(self.backend, torch.stack(rows)), texts)
+            return Run(self, capture(self.backend, torch.stack(rows)), texts, roles)
         runs: dict[int, Run] = {}
         for length in dict.fromkeys(lengths):
             members = [i for i, n in enumerate(lengths) if n == length]
             tokens = torch.stack([rows[i] for i in members])
-            group = Run(self, capture(self.backend, tokens), tuple(texts[i] for i in members))
+            found = capture(self.backend, tokens)
+            group = Run(self, found, tuple(texts[i] for i in members), roles.pick(members))
             runs |= {i: group[k] for k, i in enumerate(members)}
-        return UnequalRun(self, [runs[i] for i in range(len(rows))])
+        return UnequalRun(self, [runs[i] for i in range(len(rows))], roles)
+
+    def run_rows(self, dataset: Dataset, members: Sequence[int]) -> Run:
+        """Run the model on some prompts of a data set."""
+        rows = _token_rows(dataset, members)
+        lengths = {len(row) for row in rows}
+        run = self.run(rows)
+        if len(lengths) > 1:
+            return UnequalRun(
+                self, [run[i] for i in range(len(run))], roles_of(dataset).pick(members)
+            )
+        return Run(self, run.capture, run.prompts, roles_of(dataset).pick(members))
 
     def intervene(
-        self, run: Run, edits: Sequence[Edit], freeze: Iterable[str] = ()
+        self,
+        run: Run,
+        edits: Sequence[Edit],
+        freeze: apply.Frozen = (),
+        *,
+        sources: Mapping[str, Run | Dataset] | None = None,
+        max_new_tokens: int = 0,
     ) -> apply.InterventionResult:
-        """Run the model again with features edited; see :func:`interventions.apply.intervene`."""
-        return apply.intervene(self, run, edits, freeze)
+        """Run the model again with edits; see :func:`interventions.apply.intervene`."""
+        return apply.intervene(
+            self, run, edits, freeze, sources=sources, max_new_tokens=max_new_tokens
+        )
+
+    def intervene_dataset(
+        self,
+        dataset: Dataset,
+        edits: Sequence[Edit] | Mapping[str, Sequence[Edit]],
+        freeze: apply.Frozen = (),
+        *,
+        sources: Mapping[str, Run | Dataset] | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> Any:
+        """Edit every prompt of a data set, a batch at a time; see
+        :func:`interventions.datasets.intervene_dataset`."""
+        return datasets.intervene_dataset(
+            self,
+            dataset,
+            edits,
+            freeze,
+            sources=sources,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
 
 class Run:
@@ -255,14 +306,20 @@ class Run:
         tokens: ``[batch, position]`` ids.
         logits: ``[batch, position, d_vocab]`` as the model returns them, after any soft-cap.
         prompts: the strings, where strings were given.
+        roles: where the roles of a data set stand in each prompt, and its answers.
     """
 
     def __init__(
-        self, lens: FeatureLens, captured: Capture, prompts: tuple[str | None, ...]
+        self,
+        lens: FeatureLens,
+        captured: Capture,
+        prompts: tuple[str | None, ...],
+        roles: Roles | None = None,
     ) -> None:
         self.lens = lens
         self.capture = captured
         self.prompts = prompts
+        self.roles = roles or Roles()
 
     @property
     def tokens(self) -> Int[Tensor, "batch position"]:
@@ -287,7 +344,24 @@ class Run:
             self.lens,
             Capture(self.tokens[index : index + 1], values),
             self.prompts[index : index + 1],
+            self.roles.pick([index]),
         )
+
+    def pick(self, members: Sequence[int]) -> Run:
+        """The run of some prompts, in the order given."""
+        members = list(members)
+        if members == list(range(len(self))):
+            return self
+        values = {site: value[members] for site, value in self.capture.values.items()}
+        prompts = tuple(self.prompts[i] for i in members)
+        return Run(
+            self.lens, Capture(self.tokens[members], values), prompts, self.roles.pick(members)
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each prompt has."""
+        return [self.tokens.shape[1]] * len(self)
 
     def __repr__(self) -> str:
         return f"Run of {len(self)} prompt(s), {self.tokens.shape[1]} tokens"
@@ -698,10 +772,24 @@ class UnequalRun(Run):
     ``tokens``, ``logits`` and ``capture`` would need padding and are refused.
     """
 
-    def __init__(self, lens: FeatureLens, runs: Sequence[Run]) -> None:
+    def __init__(self, lens: FeatureLens, runs: Sequence[Run], roles: Roles | None = None) -> None:
         self.lens = lens
         self.prompts = tuple(run.prompts[0] for run in runs)
+        self.roles = roles or Roles()
         self._runs = tuple(runs)
+
+    def pick(self, members: Sequence[int]) -> Run:
+        runs, roles = [self._runs[i] for i in members], self.roles.pick(list(members))
+        if len({run.tokens.shape[1] for run in runs}) > 1:
+            return UnequalRun(self.lens, runs, roles)
+        first = runs[0].capture
+        values = {site: torch.cat([r.capture.values[site] for r in runs]) for site in first.values}
+        tokens = torch.cat([run.tokens for run in runs])
+        return Run(self.lens, Capture(tokens, values), tuple(run.prompts[0] for run in runs), roles)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [run.tokens.shape[1] for run in self._runs]
 
     @property
     def capture(self) -> Capture:  # type: ignore[override]
@@ -720,6 +808,13 @@ class UnequalRun(Run):
     def __repr__(self) -> str:
         lengths = ", ".join(str(run.tokens.shape[1]) for run in self._runs)
         return f"Run of {len(self)} prompts, {lengths} tokens"
+
+
+def _token_rows(dataset: Dataset, members: Sequence[int] | None = None) -> list[list[int]]:
+    """Unpadded token ids of some prompts of a data set."""
+    chosen = range(len(dataset)) if members is None else members
+    lengths = dataset.lengths.tolist()
+    return [dataset.tokens[i, : lengths[i]].tolist() for i in chosen]
 
 
 def _measured(reader: StreamReader, value: float) -> StreamReader:

@@ -37,7 +37,7 @@ class Site(NamedTuple):
     ``z``             ``[batch, pos, head, d_head]``  TransformerLens' ``hook_z``
     ``pattern``       ``[batch, head, query, key]``   attention weights; read only
     ``attn_out``      ``[batch, pos, d_model]``       what attention adds to the residual stream
-    ``mlp_in``        ``[batch, pos, d_model]``       normalised input of the MLP
+    ``mlp_in``        ``[batch, pos, d_model]``       input of the MLP, normalised where a norm is
     ``mlp_raw``       ``[batch, pos, d_model]``       output of the MLP before its post-norm
     ``mlp_out``       ``[batch, pos, d_model]``       what the MLP adds to the residual stream
     ``resid_final``   ``[batch, pos, d_model]``       input of the final norm; read only
@@ -45,8 +45,8 @@ class Site(NamedTuple):
     ``logits``        ``[batch, pos, d_vocab]``       after any soft-cap; read only
     ================  ==============================  ==============================================
 
-    ``attn_in`` and ``mlp_in`` exist where a norm feeds the block, ``mlp_raw`` where a norm follows
-    the MLP. With post-norms, ``attn_out`` and ``mlp_out`` are their outputs.
+    ``attn_in`` exists where a norm feeds attention, ``mlp_raw`` where a norm follows the MLP. With
+    post-norms, ``attn_out`` and ``mlp_out`` are their outputs.
     """
 
     name: str

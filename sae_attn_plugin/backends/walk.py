@@ -124,8 +124,7 @@ def walk(
                 found[("pattern", layer)] = at["attention"].output[1]
             if "post_norm" in at:
                 plain("attn_out", layer, at["post_norm"], "output")
-            if row["mlp_norm"] is not None:
-                plain("mlp_in", layer, mlp, "input")
+            plain("mlp_in", layer, mlp, "input")
             if "mlp_post_norm" in at:
                 plain("mlp_raw", layer, mlp, "output")
                 plain("mlp_out", layer, at["mlp_post_norm"], "output")

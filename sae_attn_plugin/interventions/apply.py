@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_attn_plugin.backends.protocol import (
@@ -16,58 +17,184 @@ from sae_attn_plugin.backends.protocol import (
     LayerWeights,
     Norm,
     Site,
+    mix_values,
     uncapped_logits,
 )
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
-from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.interventions import steps
-from sae_attn_plugin.interventions.edits import AblateFeature, AddToStream, Edit, SetFeature
+from sae_attn_plugin.interventions.edits import (
+    FREEZABLE,
+    AblateError,
+    AblateFeature,
+    AblateHead,
+    AddToStream,
+    Edit,
+    End,
+    Freeze,
+    PatchEdge,
+    PatchSite,
+    ScaleFeature,
+    SetFeature,
+    Steer,
+)
+from sae_attn_plugin.interventions.sources import Quantity, Sources, gather, positions_of
 from sae_attn_plugin.nodes import Feature, Logit, LogitDiff
 
 if TYPE_CHECKING:
-    from sae_attn_plugin.lens import FeatureLens, Run
+    from sae_attn_plugin.lens import FeatureLens, Run, UnequalRun
 
-FREEZABLE = ("patterns", "norms", "mlp", "attention")
+OF_FEATURES = (SetFeature, AblateFeature, ScaleFeature, Steer, AblateError)
+Frozen = str | Freeze | Iterable[str | Freeze]
 
 
 @dataclass(frozen=True, eq=False)
 class InterventionResult:
     """An edited run beside the clean one.
 
+    ``result[i]`` is the result of one prompt.
+
     Attributes:
         clean: the run that was edited.
-        logits: ``[batch, position, d_vocab]`` of the edited run, as the model returns them.
+        logits: ``[batch, position, d_vocab]`` of the edited run, as the model returns them, over
+            the prompt's positions.
         z: by layer with an SAE, ``[batch, position, head, d_head]``, after the edits of that layer.
+        read: by layer with an SAE, z as the SAE reads it: before edits of its features, which
+            change what the layer writes and not what it reads.
         values: every site that was read.
+        feature_edits: by layer, the edits of features, as :mod:`interventions.steps` takes them.
+        held: by frozen part, the layers where it was held.
+        generated, clean_generated: ``[batch, new]`` ids that the edited and the clean model
+            continued with; empty unless asked for.
     """
 
     clean: Run
     logits: Float[Tensor, "batch position d_vocab"]
     z: dict[int, Float[Tensor, "batch position head d_head"]]
+    read: dict[int, Float[Tensor, "batch position head d_head"]] = field(repr=False)
     values: Mapping[Site, Tensor] = field(repr=False)
+    feature_edits: Mapping[int, list[Any]] = field(default_factory=dict, repr=False)
+    held: Mapping[str, frozenset[int]] = field(default_factory=dict, repr=False)
+    generated: Int[Tensor, "batch new"] | None = None
+    clean_generated: Int[Tensor, "batch new"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: int) -> InterventionResult:
+        index = range(len(self))[index]
+        part = slice(index, index + 1)
+        new, old = self.generated, self.clean_generated
+        return replace(
+            self,
+            clean=self.clean[index],
+            logits=self.logits[part],
+            z={layer: z[part] for layer, z in self.z.items()},
+            read={layer: z[part] for layer, z in self.read.items()},
+            feature_edits={
+                layer: [steps.of_prompt(edit, index) for edit in edits]
+                for layer, edits in self.feature_edits.items()
+            },
+            values={site: value[part] for site, value in self.values.items()},
+            generated=None if new is None else new[part],
+            clean_generated=None if old is None else old[part],
+        )
+
+    # -- what was measured -----------------------------------------------------------------------
 
     def value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """A target in the edited run: the logit or logit difference before any final soft-cap, or
-        the pre-activation."""
-        return self._value(target, self.values)
+        the pre-activation (which edits of features of the same layer do not change)."""
+        return self._value(target, self.values, self.read)
 
     def clean_value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """The same target in the clean run."""
-        return self._value(target, self.clean.capture.values)
+        clean = self.clean.capture
+        z = {layer: clean["z", layer] for layer in self.clean.lens.dictionaries}
+        return self._value(target, clean.values, z)
 
     def effect(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """Edited minus clean."""
         return self.value(target) - self.clean_value(target)
 
-    def _value(self, target: Logit | LogitDiff | Feature, values: Mapping[Site, Tensor]) -> Tensor:
+    @property
+    def metric(self) -> Float[Tensor, " batch"]:
+        """What the run's data set measures, in the edited run: the logit of the correct answer
+        minus that of the wrong one, or its log-probability where there is no wrong one.
+
+        Raises:
+            InputError: the run was not made from a data set.
+        """
+        return self.clean.roles.score(self.logits)
+
+    @property
+    def clean_metric(self) -> Float[Tensor, " batch"]:
+        """The same of the clean run."""
+        return self.clean.roles.score(self.clean.logits)
+
+    def changed_features(self, least: float = 1e-6) -> pd.DataFrame:
+        """Features whose activation the edits change, the most changed first: ``layer, position,
+        token, feature, clean, edited, change``, with ``prompt`` first where there are several.
+
+        Args:
+            least: smallest change that counts, relative to the largest activation of the layer.
+        """
+        frames = [self._changed(i, least) for i in range(len(self))]
+        if len(frames) == 1:
+            return frames[0]
+        whole = pd.concat(frames, keys=range(len(frames)), names=["prompt", None])
+        return _by_size(whole.reset_index(level="prompt"))
+
+    def continuations(self) -> list[tuple[str, str]]:
+        """What each prompt was continued with, as text: by the clean and by the edited model.
+
+        Raises:
+            InputError: nothing was generated.
+        """
+        new, old = self.generated, self.clean_generated
+        if new is None or old is None:
+            raise InputError("nothing was generated; pass max_new_tokens= to lens.intervene")
+        decode = self.clean.lens.tokenizer.decode
+        return [(decode(a.tolist()), decode(b.tolist())) for a, b in zip(old, new, strict=True)]
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _changed(self, index: int, least: float) -> pd.DataFrame:
+        one = self[index]
+        lens, device = one.clean.lens, one.clean.lens.backend.geometry.device
+        frames = []
+        for layer, dictionary in lens.dictionaries.items():
+            edits = one.feature_edits.get(layer, [])
+            before, after = (
+                steps.active_features(dictionary, z.to(device), of_z)
+                for z, of_z in ((one.clean.capture["z", layer], []), (one.read[layer], edits))
+            )
+            size = max([*before.values(), *after.values(), 0.0])
+            for position, feature in sorted(before.keys() | after.keys()):
+                was, now = (found.get((position, feature), 0.0) for found in (before, after))
+                if abs(now - was) > least * size:
+                    token = one.clean.token_strings[position]
+                    frames.append((layer, position, token, feature, was, now, now - was))
+        columns = ["layer", "position", "token", "feature", "clean", "edited", "change"]
+        return _by_size(pd.DataFrame(frames, columns=pd.Index(columns)))
+
+    def _value(
+        self,
+        target: Logit | LogitDiff | Feature,
+        values: Mapping[Site, Tensor],
+        z: Mapping[int, Tensor],
+    ) -> Tensor:
         run = self.clean
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
             dictionary = run.lens.dictionaries[run.resolve_layer(target.layer)]
             index = torch.tensor([run.resolve_feature(target.layer, target.feature)])
-            at = values[Site("z", target.layer)][:, position]
+            at = z[target.layer][:, position]
+            clean = run.capture["z", target.layer][:, position]
             at = at if at.dtype == torch.float64 else at.float()
-            _, scale, _ = dictionary.normalise(at.flatten(-2))
+            # Where norms are held, so is the normalisation of the dictionary's own input.
+            held = target.layer in self.held.get("norms", ())
+            _, scale, _ = dictionary.normalise((clean.to(at) if held else at).flatten(-2))
             encoder = dictionary.encoder(index.to(at.device), at.dtype)[0]
             dot = (at * encoder).sum((-2, -1)) / dictionary.input_scale(scale)[:, 0]
             return dot + dictionary.constants(index.to(at.device), at.dtype)
@@ -77,102 +204,402 @@ class InterventionResult:
         return at[:, 0] - at[:, 1] if len(ids) == 2 else at[:, 0]
 
 
+class UnequalResult(InterventionResult):
+    """Results of prompts of unequal length, side by side; ``result[i]`` is the result of one.
+
+    ``logits``, ``z`` and ``values`` would need padding and are not there; what is one number per
+    prompt is.
+    """
+
+    def __init__(self, clean: UnequalRun, results: Sequence[InterventionResult]) -> None:
+        # the frozen dataclass has no field to hold several
+        for name, value in (("clean", clean), ("_results", tuple(results))):
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("logits", "z", "values"):
+            raise InputError(
+                f"the prompts of this result differ in length, so {name} makes no rectangle; pick "
+                "one: result[i]"
+            )
+        raise AttributeError(name)
+
+    def __getitem__(self, index: int) -> InterventionResult:
+        return self._results[index]
+
+    def __repr__(self) -> str:
+        return f"Results of {len(self)} prompts of unequal length"
+
+    def value(self, target: Logit | LogitDiff | Feature) -> Tensor:
+        return torch.cat([result.value(target) for result in self._results])
+
+    def clean_value(self, target: Logit | LogitDiff | Feature) -> Tensor:
+        return torch.cat([result.clean_value(target) for result in self._results])
+
+    @property
+    def metric(self) -> Tensor:
+        return torch.cat([result.metric for result in self._results])
+
+    @property
+    def clean_metric(self) -> Tensor:
+        return torch.cat([result.clean_metric for result in self._results])
+
+    def continuations(self) -> list[tuple[str, str]]:
+        return [pair for result in self._results for pair in result.continuations()]
+
+    def _changed(self, index: int, least: float) -> pd.DataFrame:
+        return self._results[index]._changed(0, least)
+
+
 def intervene(
-    lens: FeatureLens, run: Run, edits: Sequence[Edit], freeze: Iterable[str] = ()
+    lens: FeatureLens,
+    run: Run,
+    edits: Sequence[Edit],
+    freeze: Frozen = (),
+    *,
+    sources: Mapping[str, Any] | None = None,
+    max_new_tokens: int = 0,
 ) -> InterventionResult:
     """Run the model again with edits.
 
     Args:
-        run: the clean run; its prompts are run again.
-        edits: what to change. Error terms are kept, so without edits the run is unchanged.
-        freeze: parts held at the clean run: ``"patterns"`` (attention weights), ``"norms"`` (the
-            scale of every norm), ``"mlp"`` and ``"attention"`` (what MLPs and attention blocks add
-            to the residual stream, the edits apart; z itself stays live, so features can still be
-            read). With all four, an edit has its direct effect and no other.
+        run: the clean run, of one prompt or several; its prompts are run again.
+        edits: what to change. Edits of one site are taken in the order given. Error terms are
+            kept, so without edits the run is unchanged.
+        freeze: parts held at the clean run, each by name or as a :class:`Freeze` of some layers:
+            ``"patterns"`` (attention weights), ``"norms"`` (the scale of every norm), ``"mlp"`` and
+            ``"attention"`` (what MLPs and attention blocks add to the residual stream, the edits
+            apart; z itself stays live, so features can still be read). With all four, an edit has
+            its direct effect and no other.
+        sources: by name, the runs (or data sets) that :class:`From` and :class:`Mean` speak of.
+        max_new_tokens: continue every prompt by so many most likely tokens, with and without the
+            edits. Edits without a position act on new tokens too; what is frozen is held over the
+            prompt and live after it.
 
     Raises:
-        InputError: an edit or a freeze that does not fit the model.
+        InputError: an edit, a source or a freeze that does not fit the model or the run.
     """
-    frozen = {freeze} if isinstance(freeze, str) else set(freeze)
-    if unknown := frozen - set(FREEZABLE):
-        raise InputError(
-            f"cannot freeze {', '.join(sorted(unknown))}; known: {', '.join(FREEZABLE)}"
-        )
-    hooks = _Hooks(lens, run, frozen)
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    held = resolve_freeze(freeze, lens.backend.geometry.n_layers)
+    given = Sources(lens, sources or {})
+    if max_new_tokens < 0:
+        raise InputError(f"max_new_tokens={max_new_tokens}: expected at least 0")
     for edit in edits:
-        hooks.check(edit)
-    reads = [Site("z", layer) for layer in lens.dictionaries]
-    if lens.backend.geometry.logit_soft_cap is not None:
-        reads.append(Site("unembed_in"))
-    found = lens.backend.forward(run.tokens, hooks.build(edits), reads)
-    return InterventionResult(
-        clean=run,
-        logits=found[Site("logits")],
-        z={layer: found[Site("z", layer)] for layer in lens.dictionaries},
-        values=found,
-    )
+        if not isinstance(edit, Edit):
+            raise InputError(f"expected an edit such as AblateFeature(...), got {edit!r}")
+    parts = equal_parts(run)
+    found: dict[int, InterventionResult] = {}
+    for members, part in parts:
+        plan = _Plan(lens, part, held, edits, given, members, len(run))
+        result = plan.run_once(max_new_tokens)
+        if len(parts) == 1:
+            return result
+        found |= {i: result[k] for k, i in enumerate(members)}
+    return UnequalResult(run, [found[i] for i in range(len(run))])  # type: ignore[arg-type]
 
 
-class _Hooks:
-    """The site edits of one intervention; ``seen`` holds live values within the forward pass."""
+def resolve_freeze(freeze: Frozen, n_layers: int) -> dict[str, frozenset[int]]:
+    """By part, the layers where it is held; the final norm is layer ``n_layers``."""
+    given = [freeze] if isinstance(freeze, str | Freeze) else list(freeze)
+    held: dict[str, frozenset[int]] = {}
+    for one in given:
+        if not isinstance(one, str | Freeze):
+            raise InputError(f"cannot freeze {one!r}; expected a name or Freeze(...)")
+        item = Freeze(one) if isinstance(one, str) else one  # type: ignore[arg-type]
+        every = range(n_layers + (item.part == "norms"))
+        chosen = every if item.layers is None else item.layers
+        if outside := sorted({*chosen, *item.but} - set(every)):
+            raise InputError(f"{item}: layer {outside[0]} is out of range: 0..{every[-1]}")
+        held[item.part] = held.get(item.part, frozenset()) | (set(chosen) - set(item.but))
+    return held
 
-    def __init__(self, lens: FeatureLens, run: Run, frozen: set[str]) -> None:
-        self.lens, self.run, self.frozen = lens, run, frozen
+
+def equal_parts(run: Run) -> list[tuple[list[int], Run]]:
+    """The prompts of a run in parts of equal length, with their numbers."""
+    lengths = run.lengths
+    if len(set(lengths)) == 1 and not hasattr(run, "_runs"):
+        return [(list(range(len(run))), run)]
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    for i, length in enumerate(lengths):
+        groups[length].append(i)
+    return [(members, run.pick(members)) for members in groups.values()]
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """An edit with its places and values as plain tensors."""
+
+    edit: Edit
+    where: Tensor | None
+    new: Tensor | None = None
+    reader_where: Tensor | None = None
+
+
+class _Plan:
+    """The site edits of one intervention on prompts of equal length; ``seen`` holds live values
+    within the forward pass."""
+
+    def __init__(
+        self,
+        lens: FeatureLens,
+        run: Run,
+        held: Mapping[str, frozenset[int]],
+        edits: Sequence[Edit],
+        sources: Sources,
+        members: list[int],
+        total: int,
+    ) -> None:
+        self.lens, self.run, self.held = lens, run, held
+        self.g = lens.backend.geometry
+        self.dtype = torch.promote_types(self.g.dtype, torch.float32)
         self.clean: Capture = run.capture
         self.seen: dict[Any, Tensor] = {}
         self.watched: set[tuple[str, int]] = set()
         self.steps: defaultdict[Site, list[SiteEdit]] = defaultdict(list)
-        self.changed: dict[int, Tensor] = {}  # layer -> what feature edits add to z
+        self.members, self.total, self.sources = members, total, sources
+        self.edits = [self._resolve(edit) for edit in edits]
 
-    def check(self, edit: Edit) -> None:
-        run = self.run
-        if isinstance(edit, AddToStream):
-            run.resolve_position(edit.position)
-            g = self.lens.backend.geometry
-            if edit.site not in ("embed", "attn_out", "mlp_out"):
-                raise InputError(f"cannot add at {edit.site!r}; known: embed, attn_out, mlp_out")
-            if edit.site != "embed" and not 0 <= edit.layer < g.n_layers:
-                raise InputError(f"layer {edit.layer} is out of range: 0..{g.n_layers - 1}")
-            if tuple(edit.vector.shape) != (g.d_model,):
+    # -- running ---------------------------------------------------------------------------------
+
+    def run_once(self, max_new_tokens: int) -> InterventionResult:
+        reads = [Site("z", layer) for layer in self.lens.dictionaries]
+        reads += [Site(name, layer) for layer in self._feature_edits() for name in ("v", "pattern")]
+        if self.g.logit_soft_cap is not None:
+            reads.append(Site("unembed_in"))
+        found = self.forward(self.run.tokens, reads)
+        generated = clean = None
+        if max_new_tokens:
+            n_ctx, length = self.g.n_ctx, self.run.tokens.shape[1]
+            if length + max_new_tokens > n_ctx + 1:
                 raise InputError(
-                    f"AddToStream: expected a vector [{g.d_model}], got {list(edit.vector.shape)}"
+                    f"max_new_tokens={max_new_tokens} after {length} tokens is more than the "
+                    f"model's context of {n_ctx}"
                 )
-        elif isinstance(edit, SetFeature | AblateFeature):
-            run.resolve_feature(run.resolve_layer(edit.layer), edit.feature)
-            if edit.position is not None:
-                run.resolve_position(edit.position)
-        else:
-            raise InputError(f"expected an edit such as AblateFeature(...), got {edit!r}")
+            generated = self._continue(found[Site("logits")], max_new_tokens, self.forward)
+            plain = self.lens.backend.forward
+            clean = self._continue(self.run.logits, max_new_tokens, plain)
+        return InterventionResult(
+            clean=self.run,
+            logits=found[Site("logits")],
+            z={layer: found[Site("z", layer)] for layer in self.lens.dictionaries},
+            read={layer: self._z_as_read(layer, found) for layer in self.lens.dictionaries},
+            values=found,
+            feature_edits=self._feature_edits(),
+            held=self.held,
+            generated=generated,
+            clean_generated=clean,
+        )
 
-    def build(self, edits: Sequence[Edit]) -> dict[Site, SiteEdit]:
-        """One edit per site; each records what it leaves where a later one asks for it."""
-        g = self.lens.backend.geometry
+    def _feature_edits(self) -> dict[int, list[Any]]:
+        """By layer, the edits of its dictionary."""
+        found: defaultdict[int, list[Any]] = defaultdict(list)
+        for r in self.edits:
+            if isinstance(r.edit, OF_FEATURES):
+                found[_edited_layer(r.edit)].append(_plain(r))
+        return dict(found)
+
+    def _z_as_read(self, layer: int, found: Mapping[Site, Tensor]) -> Tensor:
+        """z before the edits of the layer's dictionary, and after those of heads before them."""
+        z = found[Site("z", layer)]
+        if layer not in self._feature_edits():
+            return z
+        held = self._holds("patterns", layer)
+        pattern = self.clean["pattern", layer] if held else found[Site("pattern", layer)]
+        v = found[Site("v", layer)]
+        before = mix_values(pattern.to(v), v).to(z)
+        for r in self.edits:
+            if _edited_layer(r.edit) == layer:
+                if isinstance(r.edit, OF_FEATURES):
+                    break
+                if isinstance(r.edit, AblateHead | PatchSite):
+                    before = _of_z(r)(before)
+        return before
+
+    def forward(self, tokens: Tensor, reads: Sequence[Site] = ()) -> dict[Site, Tensor]:
+        """One edited pass; edges that need live patterns take one more each layer they read in."""
+        known: dict[int, Tensor] = {}
+        for layer in self._layers_that_need_patterns():
+            site = Site("pattern", layer)
+            known[layer] = self.lens.backend.forward(tokens, self.build(known), [site])[site]
+        return self.lens.backend.forward(tokens, self.build(known), reads)
+
+    def _continue(
+        self, logits: Tensor, count: int, forward: Callable[[Tensor], dict[Site, Tensor]]
+    ) -> Tensor:
+        """The most likely continuation, token by token."""
+        tokens, start = self.run.tokens, self.run.tokens.shape[1]
+        eos = getattr(self.lens.tokenizer, "eos_token_id", None)
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for number in range(count):
+            following = logits[:, -1].argmax(-1).to(tokens.device)
+            if eos is not None:
+                following = torch.where(done, eos, following)
+                done |= following == eos
+            tokens = torch.cat([tokens, following[:, None]], 1)
+            if number + 1 < count and not done.all():
+                logits = forward(tokens)[Site("logits")]
+            elif done.all():
+                break
+        return tokens[:, start:]
+
+    # -- resolving -------------------------------------------------------------------------------
+
+    def _resolve(self, edit: Edit) -> _Resolved:
+        self._check(edit)
+        position = getattr(edit, "position", None)
+        where = self._where(position, type(edit).__name__)
+        to = getattr(edit, "to", None)
+        new = None
+        if to is not None:
+            values = self.sources.values(
+                to, position, self._quantity(edit), self.members, self.total
+            )
+            new = values.to(self.g.device)
+            if where is None and new.ndim > 0 and to.position is None:
+                self._check_lengths(edit, new)
+        reader = getattr(edit, "reader_position", None)
+        return _Resolved(edit, where, new, self._where(reader, type(edit).__name__))
+
+    def _where(self, position: Any, name: str) -> Tensor | None:
+        found = positions_of(self.run, position, name, self.members, self.total)
+        return None if found is None else torch.tensor(found, device=self.g.device)
+
+    def _check_lengths(self, edit: Edit, new: Tensor) -> None:
+        from sae_attn_plugin.interventions.edits import From
+
+        length = self.run.tokens.shape[1]
+        if isinstance(getattr(edit, "to", None), From) and new.shape[1] != length:
+            raise InputError(
+                f"{edit}: patching everywhere needs prompts of equal length; here {length} tokens, "
+                f"{new.shape[1]} in the source. Give positions or a role"
+            )
+
+    def _check(self, edit: Edit) -> None:
+        """Whether an edit fits the model."""
+        match edit:
+            case AddToStream():
+                if edit.site not in ("embed", "attn_out", "mlp_out"):
+                    raise InputError(
+                        f"cannot add at {edit.site!r}; known: embed, attn_out, mlp_out"
+                    )
+                if edit.site != "embed":
+                    self._check_layer(edit.layer)
+                if tuple(edit.vector.shape) != (self.g.d_model,):
+                    raise InputError(
+                        f"AddToStream: expected a vector [{self.g.d_model}], got "
+                        f"{list(edit.vector.shape)}"
+                    )
+            case SetFeature() | AblateFeature() | ScaleFeature() | Steer():
+                self._check_feature(edit.kind, edit.layer, edit.feature)
+            case AblateError():
+                self._check_dictionary(edit.kind, edit.layer)
+            case AblateHead():
+                self._check_head(edit.layer, edit.head)
+            case PatchSite():
+                if edit.site != "embed":
+                    self._check_layer(edit.layer)
+                if edit.site == "mlp_out" and not self.g.has_mlp:
+                    raise InputError(f"{self.g.model_name} has no MLP to patch")
+            case PatchEdge():
+                self._check_end(edit, edit.source, "writer")
+                self._check_end(edit, edit.target, "reader")
+                self._check_order(edit)
+            case _:
+                raise InputError(f"expected an edit such as AblateFeature(...), got {edit!r}")
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.g.n_layers:
+            raise InputError(f"layer {layer} is out of range: 0..{self.g.n_layers - 1}")
+
+    def _check_head(self, layer: int, head: int) -> None:
+        self._check_layer(layer)
+        if not 0 <= head < self.g.n_heads:
+            raise InputError(f"head {head} is out of range: 0..{self.g.n_heads - 1}")
+
+    def _check_dictionary(self, kind: str, layer: int) -> None:
+        if kind == "tc":
+            raise UnsupportedError("transcoders of MLPs cannot be edited yet")
+        self.run.resolve_layer(layer)
+
+    def _check_feature(self, kind: str, layer: int, feature: int) -> None:
+        self._check_dictionary(kind, layer)
+        self.run.resolve_feature(layer, feature)
+
+    def _check_end(self, edit: PatchEdge, end: End, what: str) -> None:
+        match end.kind:
+            case "attn" | "tc":
+                assert end.index is not None
+                self._check_feature(end.kind, end.layer, end.index)
+            case "attn_err":
+                self._check_dictionary("attn", end.layer)
+            case "tc_err" | "tc_bias":
+                self._check_dictionary("tc", end.layer)
+            case "head" | "value":
+                self._check_head(end.layer, end.index or 0)
+            case "pos":
+                if not self.g.learned_positions:
+                    raise InputError(
+                        f"PatchEdge({what}='pos'): {self.g.model_name} has no learned positions"
+                    )
+            case "mlp":
+                self._check_layer(end.layer)
+                if not self.g.has_mlp:
+                    raise InputError(f"{self.g.model_name} has no MLP: {edit}")
+            case "attn_bias" | "attn_out":
+                self._check_layer(end.layer)
+
+    def _check_order(self, edit: PatchEdge) -> None:
+        """The reader must come after the writer."""
+        writer, reader = edit.source, edit.target
+        written = -1 if writer.layer < 0 else 2 * writer.layer + _of_mlp(writer.kind)
+        read = 2 * self.g.n_layers if reader.layer < 0 else 2 * reader.layer
+        if reader.layer >= 0 and _of_mlp(reader.kind) and not self.g.parallel:
+            read += 1
+        if written >= read:
+            raise InputError(f"{edit.reader} does not read {edit.writer}: it comes before it")
+
+    # -- building --------------------------------------------------------------------------------
+
+    def build(self, patterns: Mapping[int, Tensor]) -> dict[Site, SiteEdit]:
+        """One edit per site; each records what it leaves where a later one asks for it.
+
+        Args:
+            patterns: the live ones known so far, by layer; edges that need others are left out.
+        """
+        g = self.g
+        self.seen.clear()
+        self.watched.clear()
+        self.steps.clear()
         for layer in range(g.n_layers):
             weights = self.lens.backend.layer_weights(layer)
-            if "patterns" in self.frozen:
-                v, pattern = self._watch("v", layer), self.clean["pattern", layer]
-                self.add("z", layer, steps.mix(self.seen, v, pattern))
-            if "norms" in self.frozen:
+            of_layer = [r for r in self.edits if _edited_layer(r.edit) == layer]
+            known = patterns.get(layer)
+            if self._holds("patterns", layer):
+                known = self.clean["pattern", layer]
+                self.add("z", layer, steps.mix(self.seen, self._watch("v", layer), known))
+            if self._holds("norms", layer):
                 self._freeze_norms(layer, weights)
-            if "attention" in self.frozen:
-                self.add("attn_out", layer, self._held_attention(weights, layer))
-            if "mlp" in self.frozen and g.has_mlp:
-                self.add("mlp_out", layer, steps.constant(self.clean["mlp_out", layer]))
-            of_layer = [
-                e for e in edits if isinstance(e, SetFeature | AblateFeature) and e.layer == layer
-            ]
-            if of_layer:
-                self.add("z", layer, self._set_features(layer, of_layer))
-        if "norms" in self.frozen:
-            # The final residual is rebuilt from the live sites of the last layer.
-            stream = self._stream(g.n_layers - 1, *["attn_out", "mlp_out"][: 1 + g.has_mlp])
-            clean = self.clean["resid_final", -1]
-            self._freeze_norm("unembed_in", -1, self.lens.backend.final_norm(), clean, stream)
-        for edit in edits:
-            if isinstance(edit, AddToStream):
-                position = self.run.resolve_position(edit.position)
-                layer = -1 if edit.site == "embed" else edit.layer
-                self.add(edit.site, layer, steps.add(edit.vector, position))
+            self._patch(of_layer, "resid_pre", layer)
+            self._patch(of_layer, "v", layer)
+            edits_of_z = self._read_values(of_layer, layer, weights, known)
+            edits_of_z += self._edit_z(of_layer, layer, weights, known)
+            for step in edits_of_z:
+                self.add("z", layer, step)
+            if self._holds("attention", layer):
+                self.add("attn_out", layer, self._held_attention(weights, layer, edits_of_z))
+            self._add_vectors(of_layer, "attn_out", layer)
+            self._patch(of_layer, "attn_out", layer)
+            if not g.has_mlp:
+                continue
+            self._read_mlp(of_layer, layer, weights)
+            if self._holds("mlp", layer):
+                self.add("mlp_out", layer, steps.hold(self.clean["mlp_out", layer]))
+            self._add_vectors(of_layer, "mlp_out", layer)
+            self._patch(of_layer, "mlp_out", layer)
+        ends = [r for r in self.edits if _edited_layer(r.edit) == -1]
+        self._add_vectors(ends, "embed", -1)
+        self._patch(ends, "embed", -1)
+        self._final(ends)
         for name, layer in self.watched:
             self.add(name, layer, steps.see(self.seen, (name, layer)))
         return {site: steps.chain(found) for site, found in self.steps.items()}
@@ -180,63 +607,309 @@ class _Hooks:
     def add(self, name: str, layer: int, step: SiteEdit) -> None:
         self.steps[Site(name, layer)].append(step)
 
-    def _freeze_norms(self, layer: int, weights: LayerWeights) -> None:
-        """Hold the scales of a layer's norms, before and after its blocks."""
-        g, clean = self.lens.backend.geometry, self.clean
-        resid_pre = clean["resid_pre", layer]
-        self._freeze_norm("attn_in", layer, weights.norm, resid_pre, self._stream(layer))
-        if weights.post_norm is not None:
-            z = self._watch("z", layer)
-            raw = weights.attn_out(clean["z", layer].to(weights.W_O))
-            live = steps.projected(self.seen, z, weights.W_O, weights.b_O)
-            self._freeze_norm("attn_out", layer, weights.post_norm, raw, live)
-        if not g.has_mlp:
-            return
-        if weights.mlp_norm is not None and g.parallel:
-            self._freeze_norm("mlp_in", layer, weights.mlp_norm, resid_pre, self._stream(layer))
-        elif weights.mlp_norm is not None:
-            middle = resid_pre + clean["attn_out", layer]
-            stream = self._stream(layer, "attn_out")
-            self._freeze_norm("mlp_in", layer, weights.mlp_norm, middle, stream)
-        if weights.mlp_post_norm is not None:
-            raw = self._watch("mlp_raw", layer)
-            norm, value = weights.mlp_post_norm, clean["mlp_raw", layer]
-            self._freeze_norm("mlp_out", layer, norm, value, steps.stream(self.seen, [raw]))
+    def _holds(self, part: str, layer: int) -> bool:
+        return layer in self.held.get(part, ())
 
-    def _freeze_norm(
-        self, name: str, layer: int, norm: Norm, clean: Tensor, live: Callable[[], Tensor]
-    ) -> None:
-        """Give ``name`` the norm of ``live()`` with the scale it had on ``clean``."""
-        if norm.kind == "none":
-            return
-        scale = norm.scale(clean.to(torch.promote_types(clean.dtype, torch.float32)))
-        step = steps.normalised(live, norm.kind == "layer", norm.weight, norm.bias, scale)
-        self.add(name, layer, step)
-
-    def _held_attention(self, weights: LayerWeights, layer: int) -> SiteEdit:
-        """What attention added in the clean run, and what the edits of this layer change in it."""
-        clean, norm, scale = self.clean["attn_out", layer], weights.post_norm, None
-        gain = None if norm is None else norm.weight
-        if norm is not None:
-            raw = weights.attn_out(self.clean["z", layer].to(weights.W_O))
-            scale = norm.scale(raw.to(torch.promote_types(raw.dtype, torch.float32)))
-        centred = norm is not None and norm.kind == "layer"
-        return steps.held_attention(clean, self.changed, layer, weights.W_O, centred, gain, scale)
+    def _watch(self, name: str, layer: int) -> tuple[str, int]:
+        self.watched.add((name, layer))
+        return name, layer
 
     def _stream(self, layer: int, *written: str) -> Callable[[], Tensor]:
         """The live residual stream of a layer, after the blocks named."""
         sites = [self._watch(name, layer) for name in ("resid_pre", *written)]
         return steps.stream(self.seen, sites)
 
-    def _watch(self, name: str, layer: int) -> tuple[str, int]:
-        self.watched.add((name, layer))
-        return name, layer
+    def _patch(self, edits: Sequence[_Resolved], site: str, layer: int) -> None:
+        for r in edits:
+            if isinstance(r.edit, PatchSite) and r.edit.site == site and site != "z":
+                self.add(site, layer, steps.replace(r.where, 0.0 if r.new is None else r.new))
 
-    def _set_features(self, layer: int, edits: Sequence[SetFeature | AblateFeature]) -> SiteEdit:
-        dtype = torch.promote_types(self.lens.backend.geometry.dtype, torch.float32)
-        resolve = self.run.resolve_position
-        plain = [
-            (e.feature, None if e.position is None else resolve(e.position), float(e.value))
-            for e in edits
+    def _add_vectors(self, edits: Sequence[_Resolved], site: str, layer: int) -> None:
+        for r in edits:
+            if isinstance(r.edit, AddToStream) and r.edit.site == site:
+                self.add(site, layer, steps.add(r.edit.vector, r.where))
+
+    # -- norms and attention ---------------------------------------------------------------------
+
+    def _freeze_norms(self, layer: int, weights: LayerWeights) -> None:
+        """Hold the scales of a layer's norms, before and after its blocks."""
+        scales = self._scales(layer, weights)
+        self._freeze_norm("attn_in", layer, weights.norm, scales["attn_in"], self._stream(layer))
+        if weights.post_norm is not None:
+            live = steps.projected(self.seen, self._watch("z", layer), weights.W_O, weights.b_O)
+            self._freeze_norm("attn_out", layer, weights.post_norm, scales["attn_out"], live)
+        if not self.g.has_mlp:
+            return
+        if weights.mlp_norm is not None:
+            self._freeze_norm(
+                "mlp_in", layer, weights.mlp_norm, scales["mlp_in"], self._middle(layer)
+            )
+        if weights.mlp_post_norm is not None:
+            live = steps.stream(self.seen, [self._watch("mlp_raw", layer)])
+            self._freeze_norm("mlp_out", layer, weights.mlp_post_norm, scales["mlp_out"], live)
+
+    def _scales(self, layer: int, weights: LayerWeights) -> dict[str, Tensor]:
+        """The clean scales of a layer's norms, by the site that each norm writes to."""
+        clean, resid_pre = self.clean, self.clean["resid_pre", layer]
+        found = {"attn_in": _scale(weights.norm, resid_pre)}
+        if weights.post_norm is not None:
+            raw = weights.attn_out(clean["z", layer].to(weights.W_O))
+            found["attn_out"] = _scale(weights.post_norm, raw)
+        if weights.mlp_norm is not None and self.g.has_mlp:
+            middle = resid_pre if self.g.parallel else resid_pre + clean["attn_out", layer]
+            found["mlp_in"] = _scale(weights.mlp_norm, middle)
+        if weights.mlp_post_norm is not None and self.g.has_mlp:
+            found["mlp_out"] = _scale(weights.mlp_post_norm, clean["mlp_raw", layer])
+        return found
+
+    def _held_scale(self, name: str, layer: int, weights: LayerWeights) -> Tensor | None:
+        """The clean scale of a norm where norms are held, else None."""
+        return self._scales(layer, weights).get(name) if self._holds("norms", layer) else None
+
+    def _freeze_norm(
+        self, name: str, layer: int, norm: Norm, scale: Tensor, live: Callable[[], Tensor]
+    ) -> None:
+        """Give ``name`` the norm of ``live()`` with a held scale."""
+        if norm.kind != "none":
+            self.add(name, layer, steps.normalised(live, norm, scale))
+
+    def _middle(self, layer: int) -> Callable[[], Tensor]:
+        """What the MLP of a layer reads, before its norm."""
+        return self._stream(layer) if self.g.parallel else self._stream(layer, "attn_out")
+
+    def _held_attention(self, weights: LayerWeights, layer: int, edits: list[SiteEdit]) -> SiteEdit:
+        clean, z, norm = self.clean["attn_out", layer], self.clean["z", layer], weights.post_norm
+        scale = None if norm is None else self._scales(layer, weights)["attn_out"]
+        return steps.held_attention(self.seen, layer, clean, z, edits, weights.W_O, norm, scale)
+
+    def _final(self, edits: Sequence[_Resolved]) -> None:
+        """The norm before the unembedding, and what reads it."""
+        n, norm = self.g.n_layers, self.lens.backend.final_norm()
+        changes = [self._change(r) for r in edits if isinstance(r.edit, PatchEdge)]
+        if not changes and not self._holds("norms", n):
+            return
+        # The final residual is rebuilt from the live sites of the last layer.
+        live = self._stream(n - 1, *["attn_out", "mlp_out"][: 1 + self.g.has_mlp])
+        scale = None
+        if self._holds("norms", n):
+            scale = _scale(norm, self.clean["resid_final", -1])
+            self._freeze_norm("unembed_in", -1, norm, scale, live)
+        if changes:
+            moved = steps.normed_change(live, [], changes, norm, scale)
+            self.add("unembed_in", -1, steps.add_change(moved))
+
+    # -- edits of z ------------------------------------------------------------------------------
+
+    def _edit_z(
+        self,
+        edits: Sequence[_Resolved],
+        layer: int,
+        weights: LayerWeights,
+        pattern: Tensor | None,
+    ) -> list[SiteEdit]:
+        """In the order given; neighbouring edits of the dictionary share one reading of it."""
+        made: list[SiteEdit] = []
+        pending: list[Any] = []
+
+        def flush() -> None:
+            if pending:
+                dictionary = self.lens.dictionaries[layer]
+                made.append(steps.set_features(dictionary, list(pending), self.dtype))
+                pending.clear()
+
+        for r in edits:
+            match r.edit:
+                case SetFeature() | AblateFeature() | ScaleFeature() | Steer() | AblateError():
+                    pending.append(_plain(r))
+                    continue
+                case AblateHead() | PatchSite(site="z"):
+                    step = _of_z(r)
+                case PatchEdge() if r.edit.target.kind == "attn" and pattern is not None:
+                    step = self._read_feature(r, layer, weights, pattern)
+                case _:
+                    continue
+            flush()
+            made.append(step)
+        flush()
+        return made
+
+    # -- edges -----------------------------------------------------------------------------------
+
+    def _layers_that_need_patterns(self) -> list[int]:
+        """Layers in which an edge is mixed into z itself, whose patterns are live."""
+        grouped = self.g.n_kv_heads != self.g.n_heads
+        layers = set()
+        for r in self.edits:
+            if isinstance(r.edit, PatchEdge):
+                end = r.edit.target
+                one_head = end.kind == "value" and end.index is not None and grouped
+                if (end.kind == "attn" or one_head) and not self._holds("patterns", end.layer):
+                    layers.add(end.layer)
+        return sorted(layers)
+
+    def _change(self, r: _Resolved) -> tuple[Any, Tensor | None, Tensor | None]:
+        """What an edge changes in the residual stream that its reader sees."""
+        assert isinstance(r.edit, PatchEdge)
+        end = r.edit.source
+        layer, dtype, seen = end.layer, self.dtype, self.seen
+        match end.kind:
+            case "embed" | "pos":
+                site = self._watch("embed" if end.kind == "embed" else "pos_embed", -1)
+                change = steps.site_change(seen, site, self._watch("embed", -1), dtype)
+            case "mlp" | "attn_out":
+                site = self._watch("mlp_out" if end.kind == "mlp" else "attn_out", layer)
+                change = steps.site_change(seen, site, site, dtype)
+            case _:
+                change = self._change_of_z(end)
+        return change, r.where, r.new
+
+    def _change_of_z(self, end: End) -> Any:
+        layer, dtype, seen = end.layer, self.dtype, self.seen
+        # Where attention is held, the stream has what the clean z wrote.
+        held = self._holds("attention", layer)
+        z = self._watch("z", layer)
+        if held:
+            z = "held_z", layer
+        dictionary = self.lens.dictionaries.get(layer)
+        if end.kind == "attn":
+            change = steps.feature_change(seen, z, dictionary, end.index or 0, dtype)
+        elif end.kind == "attn_err":
+            change = steps.error_change(seen, z, dictionary, dtype)
+        elif end.kind == "attn_bias":
+            change = steps.bias_change(seen, z, dictionary, dtype)
+        else:
+            change = steps.head_change(seen, z, end.index or 0, dtype)
+        w = self.lens.backend.layer_weights(layer)
+        scale = None
+        if w.post_norm is not None and (held or self._holds("norms", layer)):
+            scale = self._scales(layer, w)["attn_out"]
+        with_bias = end.kind == "attn_bias"
+        return steps.through_output(change, seen, z, w.W_O, w.b_O, w.post_norm, scale, with_bias)
+
+    def _read_values(
+        self,
+        edits: Sequence[_Resolved],
+        layer: int,
+        weights: LayerWeights,
+        pattern: Tensor | None,
+    ) -> list[SiteEdit]:
+        """Edges into the value input of heads: at the values, or at z for one head of a group."""
+        by_head: defaultdict[int | None, list[Any]] = defaultdict(list)
+        for r in edits:
+            if isinstance(r.edit, PatchEdge) and r.edit.target.kind == "value":
+                by_head[r.edit.target.index].append(self._change(r))
+        if not by_head:
+            return []
+        live, norm = self._stream(layer), weights.norm
+        scale = self._held_scale("attn_in", layer, weights)
+        whole = by_head.pop(None, [])
+        made: list[SiteEdit] = []
+        grouped = self.g.n_kv_heads != self.g.n_heads
+        alone = set() if grouped else set(by_head)
+        rest = [group for group in range(self.g.n_kv_heads) if group not in alone]
+        if rest and whole:
+            moved = steps.normed_change(live, [], whole, norm, scale)
+            self.add("v", layer, steps.change_values(moved, weights.W_V, rest))
+        for head, changes in by_head.items():
+            assert head is not None
+            if not grouped:
+                moved = steps.normed_change(live, [], [*whole, *changes], norm, scale)
+                self.add("v", layer, steps.change_values(moved, weights.W_V, [head]))
+            elif pattern is not None:
+                moved = steps.normed_change(live, whole, changes, norm, scale)
+                group = head // (self.g.n_heads // self.g.n_kv_heads)
+                made.append(steps.change_head(moved, weights.W_V[group], pattern, head))
+        return made
+
+    def _read_feature(
+        self, r: _Resolved, layer: int, weights: LayerWeights, pattern: Tensor
+    ) -> SiteEdit:
+        assert isinstance(r.edit, PatchEdge)
+        scale = self._held_scale("attn_in", layer, weights)
+        live, change = self._stream(layer), self._change(r)
+        moved = steps.normed_change(live, [], [change], weights.norm, scale)
+        return steps.change_reader(
+            moved,
+            weights.W_V,
+            pattern,
+            self.lens.dictionaries[layer],
+            r.edit.target.index or 0,
+            r.reader_where,
+            self.dtype,
+        )
+
+    def _read_mlp(self, edits: Sequence[_Resolved], layer: int, weights: LayerWeights) -> None:
+        changes = [
+            self._change(r)
+            for r in edits
+            if isinstance(r.edit, PatchEdge) and r.edit.target.kind == "mlp"
         ]
-        return steps.set_features(self.lens.dictionaries[layer], plain, dtype, self.changed)
+        if changes:
+            norm = weights.mlp_norm or Norm("none")
+            scale = self._held_scale("mlp_in", layer, weights)
+            moved = steps.normed_change(self._middle(layer), [], changes, norm, scale)
+            self.add("mlp_in", layer, steps.add_change(moved))
+
+    def _quantity(self, edit: Edit) -> Quantity:
+        """What an edit replaces."""
+        match edit:
+            case AblateFeature():
+                return Quantity("feature", edit.layer, edit.feature)
+            case AblateError():
+                return Quantity("error", edit.layer)
+            case AblateHead():
+                return Quantity("head", edit.layer, edit.head)
+            case PatchSite():
+                return Quantity(edit.site, -1 if edit.site == "embed" else edit.layer)
+            case PatchEdge():
+                end = edit.source
+                kind = {"attn": "feature", "attn_err": "error", "mlp": "mlp_out"}.get(end.kind)
+                return Quantity(kind or end.kind, end.layer, end.index or 0)
+        raise InputError(f"{edit} takes no value from another run")
+
+
+def _of_z(r: _Resolved) -> SiteEdit:
+    """A replacement of z, of one head or of all."""
+    if isinstance(r.edit, PatchSite) and r.edit.site != "z":
+        return steps.chain([])
+    return steps.replace(r.where, 0.0 if r.new is None else r.new, getattr(r.edit, "head", None))
+
+
+def _of_mlp(kind: str) -> bool:
+    return kind in ("mlp", "tc", "tc_err", "tc_bias")
+
+
+def _edited_layer(edit: Edit) -> int:
+    """The layer whose sites an edit changes; -1 for embedding and unembedding."""
+    if isinstance(edit, PatchEdge):
+        return edit.target.layer
+    if getattr(edit, "site", None) == "embed":
+        return -1
+    return edit.layer  # type: ignore[attr-defined]
+
+
+def _plain(r: _Resolved) -> tuple[str, int, Tensor | None, Any]:
+    """An edit of a dictionary as :func:`steps.set_features` takes it."""
+    match r.edit:
+        case SetFeature(feature=feature, value=value):
+            return "set", feature, r.where, value
+        case AblateFeature(feature=feature):
+            return "set", feature, r.where, 0.0 if r.new is None else r.new
+        case ScaleFeature(feature=feature, factor=factor):
+            return "scale", feature, r.where, factor
+        case Steer(feature=feature, amount=amount):
+            return "add", feature, r.where, amount
+    return "error", -1, r.where, 0.0 if r.new is None else r.new
+
+
+def _scale(norm: Norm, clean: Tensor) -> Tensor:
+    return norm.scale(clean.to(torch.promote_types(clean.dtype, torch.float32)))
+
+
+def _by_size(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the largest change first."""
+    order = frame["change"].abs().to_numpy().argsort(kind="stable")[::-1]
+    return frame.iloc[order].reset_index(drop=True)
+
+
+__all__ = ["FREEZABLE", "InterventionResult", "UnequalResult", "gather", "intervene"]

@@ -1,8 +1,11 @@
 """The steps an intervention takes inside the forward pass: plain functions over plain tensors.
 
 Each maker returns a function of the value at its site. A remote run ships these by their source, so
-they hold tensors, numbers and the dict ``seen`` of live values, and no model. Sites are plain
-``(name, layer)`` tuples, and nothing inside a maker is annotated.
+they hold tensors, numbers, dictionaries, norms and the dict ``seen`` of live values, and no model.
+Sites are plain ``(name, layer)`` tuples, and nothing inside a maker is annotated.
+
+``where`` is None (every position) or ``[prompt]`` positions, one for each prompt. What is held from
+the clean run covers the clean run's positions; later ones, of generated tokens, stay live.
 """
 
 from __future__ import annotations
@@ -11,6 +14,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def put(value: Tensor, where: Tensor | None, new: Any) -> Tensor:
+    """``value`` with ``new`` at some positions.
+
+    Args:
+        value: ``[prompt, position, ...]``.
+        new: with ``where``: ``[prompt, ...]`` or one for all; without: ``[prompt, position, ...]``
+            (the first positions), or one for all.
+    """
+    value = value.clone()
+    if isinstance(new, Tensor):
+        new = new.to(value)
+    if where is not None:
+        value[torch.arange(len(value), device=value.device), where.to(value.device)] = new
+    elif isinstance(new, Tensor) and new.ndim == value.ndim:
+        value[:, : new.shape[1]] = new
+    else:
+        value[:] = new
+    return value
 
 
 def see(seen: dict[Any, Tensor], site: tuple[str, int]) -> Any:
@@ -23,22 +46,34 @@ def see(seen: dict[Any, Tensor], site: tuple[str, int]) -> Any:
     return step
 
 
-def constant(held: Tensor) -> Any:
-    """Another value instead."""
+def hold(held: Tensor) -> Any:
+    """The clean run's value instead."""
 
     def step(value):
-        return held.to(value)
+        return put(value, None, held)
 
     return step
 
 
-def add(vector: Tensor, position: int) -> Any:
-    """Add a vector at one position."""
+def replace(where: Tensor | None, new: Any, head: int | None = None) -> Any:
+    """Another value at some positions: of one head, or of all that stands there."""
 
     def step(value):
+        if head is None:
+            return put(value, where, new)
         value = value.clone()
-        value[:, position] += vector.to(value)
+        value[:, :, head] = put(value[:, :, head], where, new)
         return value
+
+    return step
+
+
+def add(vector: Tensor, where: Tensor | None) -> Any:
+    """Add a vector at some positions."""
+
+    def step(value):
+        change = put(torch.zeros_like(value), where, vector)
+        return value + change
 
     return step
 
@@ -47,9 +82,10 @@ def mix(seen: dict[Any, Tensor], v: tuple[str, int], pattern: Tensor) -> Any:
     """z from a held pattern and the live values."""
 
     def step(z):
-        values = seen[v].to(z)
+        n = pattern.shape[-1]
+        values = seen[v].to(z)[:, :n]
         values = values.repeat_interleave(pattern.shape[1] // values.shape[-2], dim=-2)
-        return torch.einsum("bhqk,bkhe->bqhe", pattern.to(z), values)
+        return put(z, None, torch.einsum("bhqk,bkhe->bqhe", pattern.to(z), values))
 
     return step
 
@@ -76,89 +112,148 @@ def projected(seen: dict[Any, Tensor], z: tuple[str, int], W_O: Tensor, b_O: Ten
     return live
 
 
-def normalised(
-    live: Any, centred: bool, weight: Tensor | None, bias: Tensor | None, scale: Tensor
-) -> Any:
+def normalised(live: Any, norm: Any, scale: Tensor) -> Any:
     """A norm of ``live()`` with a held scale, computed in the dtype of the scale."""
 
     def step(value):
-        x = live().to(value.device, scale.dtype)
-        if centred:
-            x = x - x.mean(-1, keepdim=True)
-        x = x / scale.to(x)
-        if weight is not None:
-            x = x * weight.to(x)
-        if bias is not None:
-            x = x + bias.to(x)
-        return x.to(value)
+        x = live()[:, : scale.shape[1]].to(value.device, scale.dtype)
+        return put(value, None, norm_of(x, norm, scale))
 
     return step
+
+
+def norm_of(x: Tensor, norm: Any, scale: Tensor | None) -> Tensor:
+    """``x`` normalised; positions that ``scale`` ``[prompt, position, 1]`` covers have that one."""
+    norm = norm.to(x.dtype, x.device)
+    return norm.apply(x, whole_scale(x, norm, scale))
+
+
+def whole_scale(x: Tensor, norm: Any, scale: Tensor | None) -> Tensor:
+    """The held scale where there is one, else that of ``x``."""
+    own = norm.scale(x)
+    return own if scale is None else put(own, None, scale)
 
 
 def held_attention(
-    clean: Tensor,
-    changed: dict[int, Tensor],
+    seen: dict[Any, Tensor],
     layer: int,
+    clean: Tensor,
+    z: Tensor,
+    steps: list[Any],
     W_O: Tensor,
-    centred: bool,
-    weight: Tensor | None,
-    scale: Tensor | None,
+    norm: Any,
+    scale: Any,
 ) -> Any:
-    """What attention added in the clean run, and what this layer's edits of z change in it.
+    """What attention added in the clean run, and what edits of z change in it.
 
-    ``scale`` is that of the clean run's post-norm, None where there is none.
+    Args:
+        clean, z: of the clean run. steps: the edits of z.
+        norm, scale: the post-norm and its scale in the clean run, None where there is none.
+        seen: where it has the live z, it is given the held one as ``("held_z", layer)``.
     """
 
     def step(value):
-        held = clean.to(value)
-        if layer not in changed:
-            return held
-        change = changed[layer].flatten(-2).to(W_O) @ W_O.flatten(0, 1)
-        if scale is not None:
-            if centred:
-                change = change - change.mean(-1, keepdim=True)
-            change = change / scale.to(change)
-            if weight is not None:
-                change = change * weight.to(change)
-        return held + change.to(value)
+        edited = z.to(value.device)
+        for edit in steps:
+            edited = edit(edited)
+        if ("z", layer) in seen:
+            seen["held_z", layer] = put(seen["z", layer], None, edited)
+        change = (edited - z.to(edited)).flatten(-2).to(W_O) @ W_O.flatten(0, 1)
+        if norm is not None:
+            change = norm.to(change.dtype, change.device).linear(change, scale.to(change))
+        return put(value, None, clean.to(value) + change.to(value))
 
     return step
 
 
-def set_features(
-    dictionary: Any,
-    edits: list[tuple[int, int | None, float]],
-    dtype: torch.dtype,
-    changed: dict[int, Tensor],
-) -> Any:
-    """z with features set, its error term kept; a later edit of the same feature wins.
+def set_features(dictionary: Any, edits: list[Any], dtype: torch.dtype) -> Any:
+    """What a dictionary writes with features set, its error term kept unless that is edited.
 
     Args:
-        dictionary: of the layer; edits: ``(feature, position or None for everywhere, value)``;
-            changed: by layer, is given what the edits add to z.
+        dictionary: of the layer.
+        edits: ``(what, feature, where, amount)``, in order; ``what`` is ``"set"``, ``"scale"``,
+            ``"add"`` or ``"error"``; ``amount`` a number, or as ``new`` of :func:`put`.
     """
 
     def step(z):
         work = z.to(dtype, copy=True)
-        for prompt in work:
-            encoded = dictionary.encode(prompt)
-            live, wanted = {}, {}
-            for feature, position, value in edits:
-                if feature not in live:
-                    hit = encoded.feature == feature
-                    at = torch.zeros(len(prompt), dtype=dtype, device=z.device)
-                    at[encoded.position[hit]] = encoded.activation[hit]
-                    live[feature], wanted[feature] = at, at.clone()
-                where = slice(None) if position is None else position
-                wanted[feature][where] = value
-            for feature, at in live.items():
-                row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
-                delta = (wanted[feature] - at) * encoded.scale[:, 0]
-                prompt += delta[:, None, None] * row
-        changed[dictionary.layer] = work - z
+        live, scale, error = read_features(dictionary, work, edits)
+        wanted, wanted_error = wanted_features(live, error, edits)
+        for feature, at in live.items():
+            row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
+            delta = (wanted[feature] - at) * scale
+            work = work + delta.reshape(*delta.shape, *[1] * row.ndim) * row
+        if error is not None:
+            work = work + (wanted_error - error)
         return work.to(z.dtype)
 
     return step
+
+
+def wanted_features(live: Any, error: Any, edits: list[Any]) -> tuple[Any, Any]:
+    """Activations and error after some edits, from what they are without."""
+    wanted = dict(live)
+    for what, feature, where, amount in edits:
+        if what == "error":
+            error = put(error, where, amount)
+        elif what == "set":
+            wanted[feature] = put(wanted[feature], where, amount)
+        else:
+            at = wanted[feature]
+            changed = at * amount if what == "scale" else at + amount
+            wanted[feature] = changed if where is None else pick_into(at, where, changed)
+    return wanted, error
+
+
+def of_prompt(edit: Any, index: int) -> Any:
+    """An edit of the dictionary for several prompts as it is for one of them."""
+    what, feature, where, amount = edit
+    each = isinstance(amount, Tensor) and amount.ndim > (what == "error") * 2
+    part = slice(index, index + 1)
+    return what, feature, None if where is None else where[part], amount[part] if each else amount
+
+
+def active_features(dictionary: Any, z: Tensor, edits: list[Any]) -> dict[tuple[int, int], float]:
+    """Activation by ``(position, feature)`` of the active features of one prompt, after edits.
+
+    Args:
+        z: ``[1, position, head, d_head]``, as the dictionary reads it.
+    """
+    work = z.to(torch.promote_types(z.dtype, torch.float32))
+    encoded = dictionary.encode(work[0])
+    columns = (encoded.position.tolist(), encoded.feature.tolist(), encoded.activation.tolist())
+    found = {(position, feature): value for position, feature, value in zip(*columns, strict=True)}
+    of_features = [edit for edit in edits if edit[0] != "error"]
+    if of_features:
+        live, _, _ = read_features(dictionary, work, of_features)
+        for feature, at in wanted_features(live, None, of_features)[0].items():
+            found |= {(position, feature): value for position, value in enumerate(at[0].tolist())}
+    return found
+
+
+def pick_into(value: Tensor, where: Tensor, changed: Tensor) -> Tensor:
+    """``value`` with ``changed`` at one position of each prompt."""
+    every = torch.arange(len(value), device=value.device)
+    return put(value, where, changed[every, where.to(value.device)])
+
+
+def read_features(dictionary: Any, z: Tensor, edits: list[Any]) -> tuple[Any, Tensor, Any]:
+    """Live activations ``[prompt, position]`` of the features that edits name, the dictionary's
+    output scale ``[prompt, position]``, and its error ``[prompt, position, ...]`` if one needs it.
+    """
+    features = {feature for what, feature, _, _ in edits if what != "error"}
+    live = {feature: z.new_zeros(z.shape[:2]) for feature in sorted(features)}
+    scale = z.new_ones(z.shape[:2])
+    error = torch.zeros_like(z) if any(what == "error" for what, *_ in edits) else None
+    for number, prompt in enumerate(z):
+        encoded = dictionary.encode(prompt)
+        scale[number] = encoded.scale[:, 0]
+        for feature, at in live.items():
+            hit = encoded.feature == feature
+            at[number, encoded.position[hit]] = encoded.activation[hit]
+        if error is not None:
+            error[number] = prompt - dictionary.decode(encoded)
+    return live, scale, error
 
 
 def chain(steps: list[Any]) -> Any:
@@ -170,3 +265,228 @@ def chain(steps: list[Any]) -> Any:
         return value
 
     return run
+
+
+# -- edges ---------------------------------------------------------------------------------------
+
+
+def feature_change(
+    seen: dict[Any, Tensor], site: tuple[str, int], dictionary: Any, feature: int, dtype: Any
+) -> Any:
+    """A maker of changes of what a feature writes, in the space of its dictionary's output."""
+
+    def change(where, new):
+        z = seen[site].to(dtype)
+        live, scale, _ = read_features(dictionary, z, [("set", feature, None, 0.0)])
+        at = live[feature]
+        row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
+        delta = (put(at, where, 0.0 if new is None else new) - at) * scale
+        return delta.reshape(*delta.shape, *[1] * row.ndim) * row
+
+    return change
+
+
+def error_change(
+    seen: dict[Any, Tensor], site: tuple[str, int], dictionary: Any, dtype: Any
+) -> Any:
+    """The same of a dictionary's error."""
+
+    def change(where, new):
+        _, _, error = read_features(dictionary, seen[site].to(dtype), [("error", -1, None, 0.0)])
+        return put(error, where, 0.0 if new is None else new) - error
+
+    return change
+
+
+def bias_change(seen: dict[Any, Tensor], site: tuple[str, int], dictionary: Any, dtype: Any) -> Any:
+    """The same of what a dictionary writes without any feature."""
+
+    def change(where, new):  # noqa: ARG001 - a bias is only taken away
+        z = seen[site].to(dtype)
+        bias = torch.zeros_like(z)
+        for number, prompt in enumerate(z):
+            encoded = dictionary.encode(prompt)
+            bias[number] = dictionary.bias(encoded.scale, encoded.mean)
+        return put(bias, where, 0.0) - bias
+
+    return change
+
+
+def head_change(seen: dict[Any, Tensor], z: tuple[str, int], head: int, dtype: Any) -> Any:
+    """The same of a head's z."""
+
+    def change(where, new):
+        live = seen[z].to(dtype)
+        out = torch.zeros_like(live)
+        at = live[:, :, head]
+        out[:, :, head] = put(at, where, 0.0 if new is None else new) - at
+        return out
+
+    return change
+
+
+def site_change(seen: dict[Any, Tensor], site: tuple[str, int], like: Any, dtype: Any) -> Any:
+    """The same of what stands at a site; ``like`` is a site with one row for every prompt."""
+
+    def change(where, new):
+        live = seen[site].to(dtype)
+        live = live.expand(len(seen[like]), *live.shape[1:])
+        return put(live, where, 0.0 if new is None else new) - live
+
+    return change
+
+
+def through_output(
+    change: Any,
+    seen: dict[Any, Tensor],
+    z: tuple[str, int],
+    W_O: Tensor,
+    b_O: Tensor,
+    norm: Any,
+    scale: Tensor | None,
+    with_bias: bool,
+) -> Any:
+    """A change of z as a change of the residual stream; the post-norm keeps its live scale.
+
+    Args:
+        norm, scale: the post-norm, None where there is none, and its scale where it is held.
+        with_bias: the change takes away the biases of projection and post-norm too.
+    """
+
+    def out(where, new):
+        moved = change(where, new)
+        moved = moved.flatten(-2) @ W_O.flatten(0, 1).to(moved)
+        if with_bias:
+            moved = moved + put(torch.zeros_like(moved), where, -b_O)
+        if norm is None:
+            return moved
+        at = norm.to(moved.dtype, moved.device)
+        raw = seen[z].to(moved).flatten(-2) @ W_O.flatten(0, 1).to(moved) + b_O.to(moved)
+        moved = at.linear(moved, whole_scale(raw, at, scale))
+        if with_bias and at.bias is not None:
+            moved = moved + put(torch.zeros_like(moved), where, -at.bias)
+        return moved
+
+    return out
+
+
+def total(changes: list[Any]) -> Any:
+    """The sum of changes of the residual stream: ``(change, where, new)`` each."""
+
+    def live():
+        result = None
+        for change, where, new in changes:
+            one = change(where, new)
+            result = one if result is None else result + one
+        return result
+
+    return live
+
+
+def normed_change(live: Any, before: list[Any], changes: list[Any], norm: Any, scale: Any) -> Any:
+    """What changes of the stream do behind a norm.
+
+    Args:
+        live: the stream. before: changes that are in it already. changes: those asked for.
+        scale: the norm's, where it is held.
+    """
+
+    def change():
+        moved = total(changes)()
+        x = live().to(moved)
+        if before:
+            x = x + total(before)()
+        return norm_of(x + moved, norm, scale) - norm_of(x, norm, scale)
+
+    return change
+
+
+def change_values(change: Any, W_V: Tensor, groups: list[int]) -> Any:
+    """Values of some key/value groups after a change of their input."""
+
+    def step(v):
+        moved = change()
+        by_group = torch.einsum("bpd,kde->bpke", moved, W_V[groups].to(moved))
+        v = v.clone()
+        v[:, :, groups] += by_group.to(v)
+        return v
+
+    return step
+
+
+def change_head(change: Any, W_V: Tensor, pattern: Tensor, head: int) -> Any:
+    """z of one head of a key/value group after a change of its values' input alone.
+
+    Args:
+        W_V: ``[d_model, d_head]`` of the group; pattern: ``[prompt, head, query, key]``.
+    """
+
+    def step(z):
+        moved = change()[:, : z.shape[1]]
+        values = moved @ W_V.to(moved)
+        z = z.clone()
+        z[:, :, head] += mixed(pattern[:, head], values).to(z)
+        return z
+
+    return step
+
+
+def mixed(pattern: Tensor, values: Tensor) -> Tensor:
+    """``pattern @ values``; positions that the pattern does not cover stay zero."""
+    n = min(pattern.shape[-1], values.shape[1])
+    held = pattern[..., :n, :n].to(values)
+    out = torch.zeros_like(values)
+    out[:, :n] = torch.einsum("bqk,bke->bqe", held, values[:, :n])
+    return out
+
+
+def change_reader(
+    change: Any,
+    W_V: Tensor,
+    pattern: Tensor,
+    dictionary: Any,
+    feature: int,
+    where: Tensor | None,
+    dtype: torch.dtype,
+) -> Any:
+    """z after one feature read it with a change of the values' input.
+
+    Only the activation of the feature changes, as it would if all of z had moved; every other
+    feature and the error stay.
+    """
+
+    def step(z):
+        work = z.to(dtype)
+        moved = change()[:, : z.shape[1]].to(dtype)
+        values = torch.einsum("bpd,kde->bpke", moved, W_V.to(moved))
+        values = values.repeat_interleave(pattern.shape[1] // values.shape[-2], dim=-2)
+        n = min(pattern.shape[-1], z.shape[1])
+        held = pattern[..., :n, :n].to(work)
+        shifted = work.clone()
+        shifted[:, :n] += torch.einsum("bhqk,bkhe->bqhe", held, values[:, :n])
+        return (work + one_feature(dictionary, feature, where, work, shifted)).to(z.dtype)
+
+    return step
+
+
+def one_feature(
+    dictionary: Any, feature: int, where: Tensor | None, was: Tensor, now: Tensor
+) -> Tensor:
+    """What a dictionary writes more if one feature reads ``now`` where the others read ``was``."""
+    only = [("set", feature, None, 0.0)]
+    before, scale, _ = read_features(dictionary, was, only)
+    after, _, _ = read_features(dictionary, now, only)
+    change = after[feature] - before[feature]
+    if where is not None:
+        change = pick_into(torch.zeros_like(change), where, change)
+    row = dictionary.decoder(torch.tensor([feature], device=was.device), was.dtype)[0]
+    return (change * scale).reshape(*change.shape, *[1] * row.ndim) * row
+
+
+def add_change(change: Any) -> Any:
+    """Add a change to what stands at a site."""
+
+    def step(value):
+        return value + change().to(value)
+
+    return step
