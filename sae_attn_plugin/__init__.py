@@ -31,10 +31,20 @@ if TYPE_CHECKING:
         SaeAttnError,
         UnsupportedError,
     )
+    from sae_attn_plugin.graphs.compare import (
+        GraphComparison,
+        aggregate_graphs,
+        compare_graphs,
+        graph_difference,
+        graphs_equal,
+    )
+    from sae_attn_plugin.graphs.contract import contract, suggest_supernodes
     from sae_attn_plugin.graphs.enrich import enrich
     from sae_attn_plugin.graphs.html import Page, graph_to_html, page, show
+    from sae_attn_plugin.graphs.ledger import graph_ledger
     from sae_attn_plugin.graphs.paths import strongest_paths
     from sae_attn_plugin.graphs.picture import draw
+    from sae_attn_plugin.graphs.structure import Cut, dominators, min_cut, subgraph_around
     from sae_attn_plugin.interventions.apply import InterventionResult
     from sae_attn_plugin.interventions.datasets import DatasetResult
     from sae_attn_plugin.interventions.edits import (
@@ -98,6 +108,18 @@ _PUBLIC = {
     "Steer": "interventions.edits",
     "UnsupportedError": "errors",
     "Validation": "interventions.validate",
+    "Cut": "graphs.structure",
+    "GraphComparison": "graphs.compare",
+    "aggregate_graphs": "graphs.compare",
+    "compare_graphs": "graphs.compare",
+    "contract": "graphs.contract",
+    "dominators": "graphs.structure",
+    "graph_difference": "graphs.compare",
+    "graph_ledger": "graphs.ledger",
+    "graphs_equal": "graphs.compare",
+    "min_cut": "graphs.structure",
+    "subgraph_around": "graphs.structure",
+    "suggest_supernodes": "graphs.contract",
     "draw": "graphs.picture",
     "enrich": "graphs.enrich",
     "graph_to_html": "graphs.html",
@@ -160,6 +182,18 @@ __all__ = [  # noqa: RUF022 - the front door first
     "strongest_paths",
     "AttentionSAE",
     "releases",
+    "min_cut",
+    "Cut",
+    "dominators",
+    "subgraph_around",
+    "contract",
+    "suggest_supernodes",
+    "graph_difference",
+    "compare_graphs",
+    "GraphComparison",
+    "graphs_equal",
+    "aggregate_graphs",
+    "graph_ledger",
     "register",
     "register_release",
     "Architecture",

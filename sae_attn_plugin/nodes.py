@@ -25,6 +25,7 @@ kind               id                              what it is
 ``direction``      ``direction:"name"@14``         a direction of the final normalised residual
 ``score``          ``score:7.3:10@14``             score of head 7.3 from query 14 to key 10;
                                                    ``score:7.3:10:query@14``: with the key held
+``super``          ``super:5:"names"@10``          nodes merged into one, at the last one's place
 ``const``          ``const:attn:5:7515@10``        the constant of a target, a row of its ledger
 =================  ==============================  ================================================
 """
@@ -68,6 +69,7 @@ _PATTERNS: dict[str, str] = {
     "direction": r":(?P<label>.+)",
     "score": rf":(?P<layer>{_NUMBER})\.(?P<head>{_NUMBER}):(?P<key>{_NUMBER})"
     r"(:(?P<label>query|key))?",
+    "super": rf":(?:(?P<layer>{_NUMBER}):)?(?P<label>.+)",
 }
 KINDS: tuple[str, ...] = (*_PATTERNS, "const")
 FEATURE_KINDS: tuple[FeatureKind, ...] = ("attn", "tc", "mlp_sae")
@@ -86,6 +88,7 @@ _LABELS = {
     "logit_diff": re.compile(rf"{_TOKEN}-{_TOKEN}", re.DOTALL),
     "direction": re.compile(_JSON, re.DOTALL),
     "score": re.compile("query|key"),
+    "super": re.compile(_JSON, re.DOTALL),
 }
 
 
@@ -93,9 +96,9 @@ _LABELS = {
 class Node:
     """One node of an attribution graph. ``str(node)`` is its id.
 
-    ``label`` is the part of a logit or direction id between the kind and the position, quoted as
-    JSON, or the side a score is followed on; ``of`` is the target whose constant a ``const`` node
-    is; ``key`` is the key position of a score.
+    ``label`` is the part of a logit, direction or merged node's id that is quoted as JSON, or the
+    side a score is followed on; ``of`` is the target whose constant a ``const`` node is; ``key`` is
+    the key position of a score.
     """
 
     kind: str
@@ -131,6 +134,8 @@ class Node:
             case "score":
                 side = "" if self.label is None else f":{self.label}"
                 body = f":{self.layer}.{self.head}:{self.key}{side}"
+            case "super":
+                body = f":{self.label}" if self.layer is None else f":{self.layer}:{self.label}"
             case "const":
                 return f"const:{self.of}"
             case _:
@@ -168,7 +173,9 @@ class Node:
                 f"not a node id: {text!r}: {label!r} is not a quoted token of {kind!r}"
             )
         numbers: dict[str, Any] = {
-            name: int(value) for name, value in fields.items() if name != "label"
+            name: int(value)
+            for name, value in fields.items()
+            if name != "label" and value is not None
         }
         return cls(kind, label=label, **numbers)
 

@@ -70,8 +70,14 @@ NUMBERED = [
 ]
 SCORES = [Node("score", 14, layer=7, head=3, key=10, label=side) for side in (None, "query", "key")]
 TARGETS = [PLAIN[i] for i in (0, 4, 5, 8, 9, 12)] + [*LABELLED, *PAIRS, *NUMBERED, *SCORES]
+MERGED = [
+    Node("super", 14, layer=layer, label=quote(token))
+    for layer in (None, 0, 5)
+    for token in HOSTILE
+]
+TARGETS = [PLAIN[0], *LABELLED, *PAIRS, *NUMBERED, *SCORES]
 CONSTANTS = [Node("const", t.position, of=t) for t in TARGETS]
-EVERY = [*PLAIN, *LABELLED, *PAIRS, *NUMBERED, *SCORES, *CONSTANTS]
+EVERY = [*PLAIN, *LABELLED, *PAIRS, *NUMBERED, *SCORES, *MERGED, *CONSTANTS]
 
 
 @pytest.mark.parametrize("node", EVERY, ids=lambda node: ascii(str(node))[:60])

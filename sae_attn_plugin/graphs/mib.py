@@ -36,6 +36,7 @@ _MLP = (
     *("mlp", "tc", "tc_err", "tc_bias", "tc_skip"),
     *("mlp_sae", "mlp_sae_err", "mlp_sae_bias"),
 )
+_MLP = ("mlp", "tc", "mlp_sae")  # and what is missing of them
 _TOLERANCE = 1e-3  # of a target's edges; other runs, and other precisions, miss by far more
 _NOTE = (
     "Scores of attribution through values only (<v>): query and key inputs and MLP inputs are not "
@@ -213,7 +214,7 @@ class _Parts:
         whole = self.run.writers.vectors[self.rows[node]]
         if node.kind in ("embed", "pos"):
             return [("input", whole)]
-        if node.kind in _MLP:
+        if node.kind.startswith(_MLP):
             return [(f"m{node.layer}", whole)]
         assert node.layer is not None
         if node.kind == "head":

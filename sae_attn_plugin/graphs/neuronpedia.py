@@ -48,6 +48,7 @@ _TYPES = {
     "direction": "logit",
     "score": "logit",
     "const": "bias",
+    "super": "supernode",
 }
 
 
@@ -130,7 +131,8 @@ def to_neuronpedia(
             "generation_settings": _generation_settings(known),
         },
         "qParams": {
-            "pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": "",
+            "pinnedIds": [], "supernodes": _supernodes(known, writer.ids), "linkType": "both",
+            "clickedId": "", "sg_pos": "",
         },
         "nodes": [writer.node(name) for name in graph],
         "links": [
@@ -265,6 +267,8 @@ class _Writer:
                 shown = f"{quote(self.tokens[node.key or 0])}, key {node.key}"
                 side = "" if node.label is None else f" ({node.label} side)"
                 return f"Score of head {node.layer}.{node.head}: {token} looks at {shown}{side}"
+            case "super":
+                return str(unquote(node.label or "")[0])
         assert node.label is not None
         parts = [
             f'"{part}"' if isinstance(part, str) else f"#{part}" for part in unquote(node.label)
@@ -350,6 +354,16 @@ def _links(graph: nx.DiGraph) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 # -- metadata ------------------------------------------------------------------------------------
+
+
+def _supernodes(known: dict[str, Any], ids: dict[str, str]) -> list[list[str]]:
+    """The groups of ``graph["supernodes"]`` whose members the graph still has."""
+    groups = known.get("supernodes")
+    return [
+        [label, *(ids[name] for name in names if name in ids)]
+        for label, names in (groups.items() if isinstance(groups, dict) else ())
+        if isinstance(names, list) and any(name in ids for name in names)
+    ]
 
 
 def _info(sources: Iterable[re.Match[str]], create_time_ms: int | None) -> dict[str, Any]:

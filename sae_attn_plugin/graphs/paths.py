@@ -96,8 +96,8 @@ def strongest_paths(
     """
     if n < 1:
         raise InputError(f"strongest_paths(n={n}): expected at least 1")
-    targets = _targets(graph, target)
-    starts = set(_starts(graph, source))
+    targets = find_targets(graph, target)
+    starts = set(find_starts(graph, source))
     inside = set(targets).union(*(nx.ancestors(graph, node) for node in targets))
     try:
         order = list(nx.topological_sort(graph.subgraph(inside)))
@@ -168,7 +168,7 @@ def _in_edges(graph: nx.DiGraph, node: str) -> Iterator[tuple[str, float, float,
             yield before, share, weight, key[0] if key else None
 
 
-def _targets(graph: nx.DiGraph, target: str | Node | None) -> set[str]:
+def find_targets(graph: nx.DiGraph, target: str | Node | None) -> set[str]:
     if target is None:
         targets: set[str] = set(graph.graph.get("targets", []))
         if not targets:
@@ -181,7 +181,7 @@ def _targets(graph: nx.DiGraph, target: str | Node | None) -> set[str]:
     return targets
 
 
-def _starts(graph: nx.DiGraph, source: str | int | Node | None) -> Iterable[str]:
+def find_starts(graph: nx.DiGraph, source: str | int | Node | None) -> Iterable[str]:
     def leaves(keep: Callable[[Node], bool]) -> list[str]:
         return [v for v, degree in graph.in_degree if degree == 0 and keep(Node.parse(v))]
 

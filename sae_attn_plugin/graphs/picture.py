@@ -20,7 +20,7 @@ from matplotlib.textpath import text_to_path
 
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import write_atomically
-from sae_attn_plugin.nodes import FEATURE_KINDS, TARGET_KINDS, Node
+from sae_attn_plugin.nodes import FEATURE_KINDS, TARGET_KINDS, Node, unquote
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -32,6 +32,7 @@ _POSITIVE, _NEGATIVE = "#0072B2", "#D55E00"
 _INK, _SOFT, _BAND, _GUIDE = "#222222", "#767676", "#F5F6F8", "#E6E8EC"
 _STYLES: dict[str, tuple[str, str, str]] = {  # kind -> marker, fill, name in the legend
     "attn": ("^", "#009E73", "attention feature"),
+    "super": ("D", "#56B4E9", "supernode"),
     "head": ("h", "#F0E442", "head without SAE"),
     "attn_err": ("X", "#CC79A7", "attention error"),
     "attn_bias": ("d", "#C9C9C9", "attention bias"),
@@ -279,6 +280,8 @@ class _Scene:
         elif node.kind == "score":
             side = "" if node.label is None else f" ({node.label} side)"
             label = f"{node.layer}.{node.head}: {node.position} → {node.key}{side}"
+        elif node.kind == "super":
+            label = self.writing.clean(str(unquote(node.label or "")[0]), 20)
         elif node.kind in TARGET_KINDS:
             label = self.writing.clean((node.label or "").replace('"-"', '" − "'), 40)
         else:
