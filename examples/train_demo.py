@@ -21,27 +21,18 @@ from typing import Any
 import sae_lens
 import torch
 import transformers
-from sae_lens import SAE
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import sae_attn_plugin as sap
 from sae_attn_plugin.backends.loading import load_model
 from sae_attn_plugin.demo import language
 from sae_attn_plugin.demo.training import ModelRecipe, ioi_scores, repeat_scores, train_model
 from sae_attn_plugin.registration import DEMO_MODEL_NAME
-from sae_attn_plugin.training import FlatZ, attention_z_config, sae_scores, train_saes
+from sae_attn_plugin.training import recipe, train
 
 LAYERS = range(4)
 D_MODEL, D_MLP, N_HEADS, N_CTX = 128, 32, 8, 128
-D_SAE, K = 1024, 16
 SAE_TOKENS = 4_000_000
-SAE_SETTINGS: dict[str, Any] = {"batch_size": 2048, "lr": 2e-3, "dead_feature_window": 200}
-
-
-def tokens_of(seed: int, step: int, *, held_out: bool = False, rows: int = 64) -> torch.Tensor:
-    """Rows of 64 tokens; every sixth batch has half as many rows of 128."""
-    rng = random.Random(f"{seed}:{step}")
-    n, length = (rows // 2, 128) if step % 6 == 5 else (rows, 64)
-    return torch.tensor(language.token_rows(rng, n, length, held_out=held_out))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,17 +66,13 @@ def new_model(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def load_hooked(folder: Path) -> FlatZ:
-    return FlatZ(load_model(folder, "nnsight"))
-
-
 def make_model(out: Path, work: Path, steps: int, seed: int) -> None:
     model = new_model(seed)
     started = time.time()
     recipe = ModelRecipe(steps=steps)
     loss = train_model(
         model,
-        lambda step: tokens_of(seed, step),
+        lambda step: torch.tensor(language.training_batch(seed, step)),
         recipe,
         checkpoint=work / "model.safetensors",
     )
@@ -107,54 +94,54 @@ def make_model(out: Path, work: Path, steps: int, seed: int) -> None:
 
 
 def make_saes(out: Path, work: Path, n_tokens: int, seed: int) -> None:
-    model = load_hooked(out / "model")
     started = time.time()
-    train_saes(
-        model.z,
-        lambda round_: tokens_of(seed, round_, rows=512),
-        attention_z_config(D_MODEL, D_SAE, K),
-        layers=LAYERS,
+    recipes = [
+        recipe(DEMO_MODEL_NAME, layer, seed=seed, training_tokens=n_tokens) for layer in LAYERS
+    ]
+    train(
+        recipes,
+        load_model(out / "model", "nnsight"),
         out=out / "saes",
-        model_name=DEMO_MODEL_NAME,
-        context_size=N_CTX,
-        n_tokens=n_tokens,
-        seed=seed,
         checkpoint=work / "saes.safetensors",
-        **SAE_SETTINGS,
     )
+    cfg = recipes[0]
     facts = {
         "seed": seed,
         "architecture": "batchtopk, saved as jumprelu",
-        "d_sae": D_SAE,
-        "k": K,
+        "d_sae": cfg.sae.d_sae,
+        "k": cfg.sae.k,
         "tokens": n_tokens,
-        **SAE_SETTINGS,
+        "batch_size": cfg.train_batch_size_tokens,
+        "lr": cfg.lr,
+        "dead_feature_window": cfg.dead_feature_window,
         "positions": "all, with BOS",
         "seconds_in_the_last_run": round(time.time() - started),
     }
     write_json(work / "saes.json", facts)
 
 
+@torch.no_grad()
 def evaluate(out: Path, work: Path, seed: int, n_rows: int = 2048) -> dict[str, Any]:
-    model = load_hooked(out / "model")
+    model = sap.hooked(load_model(out / "model", "nnsight"))
     rng = random.Random(f"evaluate:{seed}")
     examples = [language.ioi_example(rng, held_out=True) for _ in range(4000)]
     repeats = [language.repeated_random_tokens(rng, segment=30) for _ in range(256)]
     rows = language.token_rows(rng, n_rows, 128, held_out=True)
-    saes = {}
-    for layer in LAYERS:
-        sae = SAE.load_from_disk(out / "saes" / f"blocks.{layer}.attn.hook_z")
-        scores = sae_scores(model, sae, torch.tensor(rows), layer=layer)
-        saes[str(layer)] = {
-            **asdict(scores),
-            "recovered_zero": scores.recovered_zero,
-            "recovered_mean": scores.recovered_mean,
+    lens = sap.FeatureLens(model, out / "saes")
+    table = sap.evaluate(lens, torch.tensor(rows), rows_at_once=64, sae_lens=False).wide()
+    saes = {
+        str(layer): {
+            "tokens": n_rows * 128,
+            "explained": 1 - row["fvu"],
+            **{name: float(value) for name, value in row.items()},
         }
+        for layer, row in table.iterrows()
+    }
     report = {
         "model": {
             **read_facts(work / "model.json"),
-            "ioi": asdict(ioi_scores(model.logits, examples)),
-            "repeats": asdict(repeat_scores(model.logits, torch.tensor(repeats))),
+            "ioi": asdict(ioi_scores(model, examples)),
+            "repeats": asdict(repeat_scores(model, torch.tensor(repeats))),
         },
         "saes": {**read_facts(work / "saes.json"), "layers": saes},
         "evaluation": {

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.attribution.qk import QKAttribution
     from sae_attn_plugin.attribution.table import Attribution
     from sae_attn_plugin.backends.architectures import Architecture, register_architecture
+    from sae_attn_plugin.backends.hooked import HookedModel, hooked
     from sae_attn_plugin.backends.loading import load_model
     from sae_attn_plugin.dictionaries import Dictionary, head_attribution, load_saes
     from sae_attn_plugin.errors import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         SaeAttnError,
         UnsupportedError,
     )
+    from sae_attn_plugin.evaluation import Evaluation, evaluate
     from sae_attn_plugin.graphs.compare import (
         GraphComparison,
         aggregate_graphs,
@@ -91,6 +93,8 @@ _PUBLIC = {
     "Freeze": "interventions.edits",
     "From": "interventions.edits",
     "HeadScore": "nodes",
+    "Evaluation": "evaluation",
+    "HookedModel": "backends.hooked",
     "InputError": "errors",
     "InterventionResult": "interventions.apply",
     "Logit": "nodes",
@@ -123,7 +127,9 @@ _PUBLIC = {
     "draw": "graphs.picture",
     "enrich": "graphs.enrich",
     "graph_to_html": "graphs.html",
+    "evaluate": "evaluation",
     "head_attribution": "dictionaries",
+    "hooked": "backends.hooked",
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
     "page": "graphs.html",
@@ -171,6 +177,10 @@ __all__ = [  # noqa: RUF022 - the front door first
     "head_attribution",
     "load_model",
     "load_saes",
+    "hooked",
+    "HookedModel",
+    "evaluate",
+    "Evaluation",
     "save",
     "load",
     "draw",

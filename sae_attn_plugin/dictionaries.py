@@ -79,7 +79,7 @@ class Dictionary:
         activation: pre-activations ``[n, d_sae]`` and encoder inputs ``[n, d_in]`` to features.
         normalisation: sae_lens' ``normalize_activations``.
         log_density: log10 firing frequency per feature ``[d_sae]``, where known.
-        sae_id, metadata: for provenance.
+        sae_id, metadata: for provenance; source: the sae_lens SAE itself.
         reads, writes: the sites of its input and output.
         W_skip: ``[d_in, d_out]`` of a transcoder with a skip connection, which takes the input
             before any normalisation of the transcoder's own; else None.
@@ -104,6 +104,7 @@ class Dictionary:
     reads: Reads = "z"
     writes: Writes = "z"
     W_skip: Float[Tensor, "d_in d_out"] | None = None
+    source: Any = field(default=None, repr=False, compare=False)
 
     @property
     def kind(self) -> FeatureKind:
@@ -509,6 +510,7 @@ def _read(
         log_density=density if isinstance(density, Tensor) else None,
         sae_id=str(cfg.metadata.sae_id or cfg.metadata.hook_name),
         metadata=cfg.metadata.to_dict(),
+        source=sae,
         **parts,
         **places,
     )

@@ -171,3 +171,10 @@ def token_label(tokenizer: Any, token: int, d_vocab: int) -> str | int:
         return text if text and single_token(tokenizer, text, d_vocab) == token else token
     except InputError:
         return token
+
+
+def special_tokens(tokenizer: Any) -> list[int]:
+    """Ids of BOS, EOS, PAD and the tokenizer's other special tokens, as sae_lens excludes them."""
+    from sae_lens.util import get_special_token_ids
+
+    return [int(token) for token in get_special_token_ids(need_tokenizer(tokenizer))]

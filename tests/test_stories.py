@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from helpers import STORIES
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.backends.loading import HOSTS
-from sae_attn_plugin.training import FlatZ, attention_z_config, train_saes
+from sae_attn_plugin.rows import sample_rows
+from sae_attn_plugin.training import attention_z_config, recipe, train
 
 pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not at hand")
 
@@ -23,28 +24,21 @@ TEXT = (
 @pytest.fixture(scope="module")
 def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short training: enough features for graphs, not for a study."""
-    model = FlatZ(sap.load_model(STORIES, "nnsight"))
-    torch.manual_seed(0)
-    start = torch.ones(64, 1, dtype=torch.long)
-    text = model.backend.model.generate(  # type: ignore[attr-defined]
-        start,
-        attention_mask=torch.ones_like(start),
-        do_sample=True,
-        min_new_tokens=63,
-        max_new_tokens=63,
-        pad_token_id=2,
-    )
+    model = sap.hooked(sap.load_model(STORIES, "nnsight"))
+    text = sample_rows(model.model, 64, 64, progress=False)  # pyright: ignore[reportArgumentType]
+    options: Any = {
+        "sae": attention_z_config(64, 256, 12),
+        "context_size": 64,
+        "training_tokens": 60_000,
+        "train_batch_size_tokens": 1024,
+        "n_batches_in_buffer": 64,
+    }
     out = tmp_path_factory.mktemp("stories")
-    train_saes(
-        model.z,
-        lambda _round: text,
-        attention_z_config(64, 256, 12),
-        layers=range(5),
+    train(
+        [recipe(model, layer, **options) for layer in range(5)],
+        model,
+        text,
         out=out,
-        model_name="stories260K",
-        context_size=64,
-        n_tokens=60_000,
-        batch_size=1024,
         progress=False,
     )
     return out

@@ -23,8 +23,8 @@ D_IN = {"gpt2": 30, "llama": 48}
 LAYERS = (0, 2)
 
 
-def hooks_of(kind: str) -> training.FlatZ:
-    return training.FlatZ(tiny_gpt2() if kind == "gpt2" else tiny_llama())
+def z_of(kind: str) -> training.ZSource:
+    return training.z_source(tiny_gpt2() if kind == "gpt2" else tiny_llama())
 
 
 def tokens_of(round_: int) -> Tensor:
@@ -44,7 +44,7 @@ def train(out: Path, kind: str = "gpt2", tokens: Any = tokens_of, **options: Any
         progress=False,
     )
     config = options.pop("config", training.attention_z_config(D_IN[kind], d_sae=64, k=6))
-    source = options.pop("source", hooks_of(kind).z)
+    source = options.pop("source", z_of(kind))
     return training.train_saes(source, tokens, config, **{**settings, **options})
 
 
@@ -78,7 +78,7 @@ def test_saved_sae_is_plain_sae_lens(trained) -> None:
 def test_saved_sae_reconstructs(trained) -> None:
     """Plain sae_lens on ``hook_z`` gives what the file's own numbers give, and is a good fit."""
     kind, folders = trained
-    z = hooks_of(kind).z(tokens_of(10_000))
+    z = z_of(kind)(tokens_of(10_000))
     heads = 5 if kind == "gpt2" else 6
     for layer, folder in folders.items():
         sae = SAE.load_from_disk(folder)
@@ -146,40 +146,9 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
         train(tmp_path, config=training.attention_z_config(31, d_sae=64))
     with pytest.raises(InputError, match="fewer than one batch"):
         train(tmp_path, batch_size=1024)
-    with pytest.raises(InputError, match="no layer 9"):
-        hooks_of("gpt2").logits(tokens_of(0), {9: torch.zeros_like})
+    with pytest.raises(InputError, match=r"no z for layers \[9\]"):
+        training.z_source(tiny_gpt2(), [1, 9])
     assert not list(tmp_path.iterdir())
-
-
-def test_hooks_read_and_replace_z() -> None:
-    hooks = hooks_of("gpt2")
-    tokens = tokens_of(0)
-    z, plain = hooks.z(tokens), hooks.logits(tokens)
-    assert torch.equal(hooks.logits(tokens, {1: lambda _: z[1]}), plain)
-    zeroed = hooks.logits(tokens, {1: torch.zeros_like})
-    # Zero z is the same as zero weights: only the bias is written.
-    with torch.no_grad():
-        hooks.backend.model.transformer.h[1].attn.c_proj.weight.zero_()  # type: ignore[attr-defined]
-    torch.testing.assert_close(hooks.logits(tokens), zeroed)
-
-
-def test_scores_of_a_perfect_and_an_empty_sae(trained) -> None:
-    kind, folders = trained
-    hooks = hooks_of(kind)
-    sae = SAE.load_from_disk(folders[2])
-    tokens = tokens_of(20_000)
-    scores = training.sae_scores(hooks, sae, tokens, layer=2, rows_at_once=5)
-    z = hooks.z(tokens)[2]
-    reconstruction = sae(z.unflatten(-1, (5 if kind == "gpt2" else 6, -1))).flatten(-2)
-    logits = hooks.logits(tokens, {2: lambda _: reconstruction})
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert scores.ce_spliced == pytest.approx(loss.item(), abs=1e-5)
-    with torch.no_grad():
-        sae.W_dec.zero_()
-        sae.b_dec.copy_(z.flatten(0, 1).mean(0))
-    empty = training.sae_scores(hooks, sae, tokens, layer=2)
-    assert empty.ce_spliced == pytest.approx(empty.ce_mean, abs=1e-5)
-    assert empty.explained == pytest.approx(0, abs=1e-5)
 
 
 def test_model_learns_and_resumes_exactly(tmp_path: Path) -> None:

@@ -343,6 +343,10 @@ class TransformerLensBackend:
 
     # -- forward ---------------------------------------------------------------------------------
 
+    def hook_name(self, site: Site) -> str:
+        """The model's own name of the hook point at a site."""
+        return self._hooks[site.name].format(site.layer)
+
     def forward(
         self,
         tokens: Tensor,
@@ -374,7 +378,7 @@ class TransformerLensBackend:
                     handles.append(module.register_forward_hook(hook))
                 elif site.name in self._hooks:
                     hook = functools.partial(_hook, visit, site)
-                    hooks.append((self._hooks[site.name].format(site.layer), hook))
+                    hooks.append((self.hook_name(site), hook))
             with torch.no_grad():
                 # Without a mask, a tokenizer that pads on the left makes TransformerLens guess one
                 # from the tokens, and hide those that look like padding.

@@ -12,8 +12,10 @@ import typer
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.demo import demo
+from sae_attn_plugin.cli.evaluate import evaluate
 from sae_attn_plugin.cli.export import export
 from sae_attn_plugin.cli.graph import graph
+from sae_attn_plugin.cli.train import train
 
 __all__ = ["app", "main"]
 
@@ -50,5 +52,5 @@ def _options(
     pass
 
 
-for _command in (demo, graph, export):
+for _command in (demo, graph, export, train, evaluate):
     app.command()(_command)

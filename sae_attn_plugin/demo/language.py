@@ -555,3 +555,9 @@ def token_rows(
             row = _text(rng, length, kind == "ioi", held_out)
         rows.append(row[:length])
     return rows
+
+
+def training_batch(seed: int, step: int, rows: int = 64) -> list[list[int]]:
+    """Rows of 64 tokens; every sixth batch has half as many rows of 128. The same each time."""
+    n, length = (rows // 2, 128) if step % 6 == 5 else (rows, 64)
+    return token_rows(random.Random(f"{seed}:{step}"), n, length)

@@ -1,0 +1,134 @@
+"""``sae-attn evaluate``."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.screen import session
+from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, parse_layers, sampled
+from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.io import check_writable
+
+_SHARES = ("fvu", "recovered_zero", "recovered_mean", "dead", "dense")
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="A folder in Hugging Face format, or a hub name.")],
+    saes: Annotated[
+        str, typer.Option(help="A folder with attention-z SAEs, or a sae_lens release.")
+    ],
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    sample: Annotated[int | None, typer.Option(help=SAMPLE_HELP)] = None,
+    rows: Annotated[int, typer.Option(help="Rows to read from --data.")] = 128,
+    context: Annotated[int, typer.Option(help="Tokens in a row.")] = 128,
+    layers: Annotated[str, typer.Option(help="all, or numbers such as 0,2-4.")] = "all",
+    rows_at_once: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 16,
+    exclude_special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--exclude-special-tokens/--all-tokens",
+            help="Whether to leave out BOS and other special tokens. Default: as the SAEs say.",
+        ),
+    ] = None,
+    sae_lens: Annotated[
+        bool, typer.Option(help="Measure with sae_lens' own run_evals beside it.")
+    ] = True,
+    out: Annotated[Path, typer.Option(help="The measurement, .json.")] = Path("evaluation.json"),
+    picture: Annotated[Path | None, typer.Option(help="A picture, .png.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and of --sample.")] = 0,
+    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
+        Backend.transformer_lens
+    ),
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+) -> None:
+    """How good SAEs are: sparsity, error, and the cross-entropy they keep, with intervals."""
+    with session() as screen:
+        check_text(data, sample)
+        if data is None and sample is None:
+            raise InputError("give --data or --sample, the text to measure on")
+        for name, value in (("rows", rows), ("context", context), ("rows-at-once", rows_at_once)):
+            if value < 1:
+                raise InputError(f"--{name} {value}: expected at least 1")
+        for path, ending in ((out, ".json"), (picture, ".png")):
+            if path is not None and path.suffix.lower() != ending:
+                raise InputError(f"expected a path that ends in {ending}, got {str(path)!r}")
+            if path is not None:
+                check_writable(path)
+        screen.hush()
+        import torch
+
+        from sae_attn_plugin.rows import read_rows
+
+        check_device(device)
+        with screen.busy(f"loading {model}"):
+            known_as = Path(model).name if Path(model).is_dir() else None
+            host = sap.load_model(
+                model, backend.value, device, getattr(torch, dtype.value), model_name=known_as
+            )
+        with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():
+            dictionaries = sap.load_saes(saes, device=device)
+        with screen.busy("checking the model"):
+            lens = sap.FeatureLens(host, dictionaries)
+        if sample is not None:
+            text = sampled(host, model, sample, context, seed, device)
+        else:
+            assert data is not None
+            text = read_rows(
+                data, lens.tokenizer, context, prepend_bos=lens.prepend_bos, limit=rows
+            )
+        known = list(lens.dictionaries)
+        result = sap.evaluate(
+            lens,
+            text,
+            layers=known if layers == "all" else parse_layers(layers, max(known) + 1),
+            rows_at_once=rows_at_once,
+            exclude_tokens=exclude_special_tokens,
+            sae_lens=sae_lens,
+            seed=seed,
+        )
+        result.save(out)
+        if picture is not None:
+            from sae_attn_plugin.graphs.picture import write_png
+
+            write_png(result.draw(), picture)
+
+        facts = result.facts
+        screen.heading(f"{lens}")
+        screen.lines(
+            f"{facts['sequences']} sequences, {facts['tokens']} tokens; in brackets "
+            f"{facts['level']:.0%} intervals over sequences"
+        )
+        table: Any = result.table
+        for title, names in (
+            ("Sparsity and error", ("l0", "l1", "mse", "fvu", "dead", "dense")),
+            ("Cross-entropy, nats per token", ("ce_clean", "ce_spliced", "ce_zero", "ce_mean")),
+            ("Cross-entropy recovered", ("recovered_zero", "recovered_mean")),
+        ):
+            screen.heading(title)
+            screen.table(
+                ("layer", *names),
+                (
+                    (layer, *(_interval(name, table.loc[(layer, name)]) for name in names))
+                    for layer in result.layers
+                ),
+            )
+        if sae_lens:
+            screen.heading("Largest relative difference from sae_lens' run_evals")
+            both = table.dropna(subset="sae_lens")
+            error = ((both["value"] - both["sae_lens"]).abs() / both["sae_lens"].abs()).max()
+            screen.lines(f"{error:.1e} over {len(both)} figures")
+        screen.heading("Written")
+        screen.lines(*(str(path) for path in (out, picture) if path is not None))
+
+
+def _interval(name: str, row: Any) -> str:
+    form = "{:.1%}" if name in _SHARES else "{:.3f}" if name.startswith("ce") else "{:.2f}"
+    value, low, high = (form.format(row[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

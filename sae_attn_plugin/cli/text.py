@@ -1,0 +1,60 @@
+"""Where ``train`` and ``evaluate`` get their text from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_attn_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DATA_HELP = (
+    "Text: a .txt, .jsonl or .parquet file, a folder saved by datasets, or a data set on the hub."
+)
+SAMPLE_HELP = "Instead of --data: so many rows that the model writes itself."
+
+
+def check_text(data: str | None, sample: int | None) -> None:
+    if data is not None and sample is not None:
+        raise InputError("--data and --sample are two sources of text; give one")
+    if sample is not None and sample < 1:
+        raise InputError(f"--sample {sample}: expected at least 1")
+    endings = (".txt", ".jsonl", ".json", ".parquet")
+    if data is not None and data.endswith(endings) and not Path(data).is_file():
+        raise InputError(f"no such file: {data}")
+
+
+def sampled(model: Any, name: str, n: int, context: int, seed: int, device: str) -> Tensor:
+    """Rows the model writes itself; ``model`` as a host has it, ``name`` as it was loaded."""
+    from transformers import PreTrainedModel
+
+    from sae_attn_plugin.backends.loading import load_huggingface
+    from sae_attn_plugin.rows import sample_rows
+
+    bare = getattr(model, "_module", model)
+    if not isinstance(bare, PreTrainedModel):
+        import torch
+
+        bare, _ = load_huggingface(name, device, torch.float32)
+    return sample_rows(bare, n, context, seed=seed)
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """``all``, or numbers and ranges such as ``0,2-4``."""
+    if text == "all":
+        return list(range(n_layers))
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise InputError(f"--layers {text!r}: expected all, or numbers such as 0,2-4")
+        first, last = int(match[1]), int(match[2] or match[1])
+        layers += range(first, last + 1)
+    if wrong := [layer for layer in layers if layer >= n_layers]:
+        raise InputError(f"--layers {text!r}: no layer {wrong[0]}; there are 0..{n_layers - 1}")
+    if not layers or len(set(layers)) < len(layers):
+        raise InputError(f"--layers {text!r} names no layer, or one twice")
+    return layers
