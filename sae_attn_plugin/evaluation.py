@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from sae_attn_plugin.backends.protocol import Backend, Site
 from sae_attn_plugin.dictionaries import Dictionary
 from sae_attn_plugin.errors import InputError, UnsupportedError
+from sae_attn_plugin.heads import is_folded
 from sae_attn_plugin.io import write_atomically
 from sae_attn_plugin.statistics import Interval, bootstrap
 from sae_attn_plugin.tokens import check_ids, special_tokens
@@ -39,7 +40,7 @@ __all__ = ["METRICS", "Evaluation", "evaluate"]
 METRICS: dict[str, str] = {
     "l0": "mean number of active features",
     "l1": "mean sum of the absolute activations",
-    "mse": "mean squared error of z, summed over its d_in components",
+    "mse": "mean squared error of z (or of what else the SAE reads), summed over its components",
     "fvu": "fraction of the variance of z unexplained",
     "ce_clean": "cross-entropy of the model as it is, nats per token",
     "ce_spliced": "with the reconstruction in place of z",
@@ -78,8 +79,9 @@ class Evaluation:
 
     Attributes:
         table: one row per ``(layer, metric)``: ``value``, the interval ``low`` to ``high``, and
-            ``sae_lens``, the same figure from sae_lens' ``run_evals`` (NaN where it has none). The
-            metrics are those of :data:`METRICS`.
+            ``sae_lens``, the same figure from sae_lens' ``run_evals`` (NaN where it has none: mean
+            ablation, dead and dense features, SAEs of single heads or of z without value biases).
+            The metrics are those of :data:`METRICS`.
         densities: layer to the share of positions at which each feature fires, ``[d_sae]``.
         histogram: how many features of a layer have a density in each quarter of a decade:
             ``layer, log10_from, log10_to, features, low, high``. Features below the first edge, the
@@ -98,7 +100,8 @@ class Evaluation:
 
     def wide(self, column: str = "value") -> pd.DataFrame:
         """One row per layer, one column per metric."""
-        return self.table[column].unstack("metric")[list(METRICS)]
+        values: Any = self.table[column]
+        return values.unstack("metric")[list(METRICS)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the densities of single features, ready for JSON."""
@@ -227,6 +230,8 @@ def evaluate(
 
 
 def _wanted(lens: FeatureLens, layers: Sequence[int] | None) -> dict[int, Dictionary]:
+    if not lens.dictionaries:
+        raise InputError("the lens has no attention SAEs to measure")
     if layers is None:
         return dict(lens.dictionaries)
     if missing := [layer for layer in layers if layer not in lens.dictionaries]:
@@ -250,7 +255,7 @@ def _excluded(
                 "token ids"
             )
         given = said[0]
-    if isinstance(given, bool):
+    if isinstance(given, bool) or given is None:
         return special_tokens(lens.tokenizer) if given else []
     return [int(token) for token in given]
 
@@ -262,9 +267,10 @@ def _batches(lens: FeatureLens, data: Any, rows_at_once: int) -> Batches:
     """The data as batches of rows of one length, each time the same."""
     g = lens.backend.geometry
     if callable(data) and not isinstance(data, Tensor):
+        stream: Any = data
 
         def streamed() -> Iterator[Tensor]:
-            for batch in data():
+            for batch in stream():
                 yield from _checked(check_ids(batch, g.d_vocab, g.n_ctx, g.device)).split(
                     rows_at_once
                 )
@@ -304,15 +310,15 @@ def _means(
     batches: Batches,
     excluded: Sequence[int],
 ) -> tuple[dict[int, Tensor], int, int, set[int]]:
-    """Mean z of each layer ``[head, d_head]``, and how many rows and tokens there are."""
+    """Mean of what each SAE reads at a position, and how many rows and tokens there are."""
     totals: dict[int, Tensor] = {}
     n_rows = n_tokens = counted = 0
     lengths: set[int] = set()
     for tokens in batches():
         kept = _kept(tokens, excluded)
-        found = backend.forward(tokens, reads=[Site("z", layer) for layer in dictionaries])
-        for layer in dictionaries:
-            z = found[Site("z", layer)]
+        found = backend.forward(tokens, reads=_sites(dictionaries))
+        for layer, dictionary in dictionaries.items():
+            z = found[Site(dictionary.reads, layer)]
             total = z[kept.to(z.device)].double().sum(0)
             totals[layer] = totals[layer] + total if layer in totals else total
         n_rows, n_tokens = n_rows + len(tokens), n_tokens + tokens.numel()
@@ -339,7 +345,7 @@ def _measure(
     kept = _kept(tokens, excluded)
     # As sae_lens counts it: the loss of predicting from a position that is kept.
     predicts = kept[:, :-1]
-    found = backend.forward(tokens, reads=[Site("z", layer) for layer in dictionaries])
+    found = backend.forward(tokens, reads=_sites(dictionaries))
 
     def losses(logits: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -350,17 +356,19 @@ def _measure(
         )
         return (loss.view_as(predicts).double() * predicts.to(loss.device)).sum(1)
 
-    def spliced(layer: int, value: Tensor) -> Tensor:
-        edit = {Site("z", layer): lambda z: value.to(z).expand_as(z)}
+    def spliced(site: Site, own: Tensor, value: Tensor) -> Tensor:
+        edit = {site: lambda z: torch.where(own, value.to(z), z)}
         return losses(backend.forward(tokens, edit)[Site("logits")])
 
     clean = losses(found[Site("logits")])
     for layer, dictionary in dictionaries.items():
-        z = found[Site("z", layer)]
-        here = kept.to(z.device)
+        site = Site(dictionary.reads, layer)
+        z = found[site]
+        here, own = kept.to(z.device), _own(dictionary).to(z.device)
         features, activations, recons = _reconstruct(dictionary, z, here)
-        error = (recons - z).double().square().sum((-2, -1)) * here
-        spread = (z.double() - means[layer].to(z.device)).square().sum((-2, -1)) * here
+        error = ((recons - z) * own).double().square().flatten(2).sum(-1) * here
+        spread = ((z.double() - means[layer].to(z.device)) * own).square().flatten(2).sum(-1) * here
+        kept_here = here.view(*here.shape, *[1] * (z.ndim - 2))
         columns = (
             here.sum(1),
             predicts.sum(1),
@@ -369,16 +377,32 @@ def _measure(
             error.sum(1),
             spread.sum(1),
             clean,
-            spliced(layer, torch.where(here[..., None, None], recons, z)),
-            spliced(layer, torch.zeros_like(z)),
-            spliced(layer, means[layer]),
+            spliced(site, own, torch.where(kept_here, recons, z)),
+            spliced(site, own, torch.zeros_like(z)),
+            spliced(site, own, means[layer].expand_as(z)),
         )
         rows = torch.stack([column.double().cpu() for column in columns], dim=1)
         yield layer, rows.numpy(), features.cpu().numpy()
 
 
+def _sites(dictionaries: Mapping[int, Dictionary]) -> list[Site]:
+    return [Site(dictionary.reads, layer) for layer, dictionary in dictionaries.items()]
+
+
+def _own(dictionary: Dictionary) -> Tensor:
+    """Which part of its site a dictionary is of: of z, the heads it spans, ``[head, 1]``."""
+    heads = [part["head"] for part in dictionary.metadata.get("heads", ())]
+    if (one := dictionary.metadata.get("hook_head_index")) is not None:
+        heads = heads or [one]
+    if dictionary.reads != "z" or not heads:
+        return torch.ones(1, dtype=torch.bool)
+    own = torch.zeros(dictionary.n_heads, 1, dtype=torch.bool)
+    own[heads] = True
+    return own
+
+
 def _reconstruct(
-    dictionary: Dictionary, z: Float[Tensor, "row pos head d_head"], kept: Tensor
+    dictionary: Dictionary, z: Float[Tensor, "row pos ..."], kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How often each feature fires in a row, the row's sum of |activations|, reconstructions."""
     n_rows, length = z.shape[:2]
@@ -552,14 +576,15 @@ def _run_evals(
         dictionaries.items(), desc="sae_lens' run_evals", unit="layer", disable=not progress
     ):
         sae = dictionary.source
-        if sae is None:
-            raise UnsupportedError(f"the dictionary of layer {layer} holds no sae_lens SAE")
+        hook_name = None if sae is None else sae.cfg.metadata.hook_name
+        if hook_name not in model.hook_dict or not bool(_own(dictionary).all()):
+            continue  # single heads, which run_evals sees as another size; names it does not have
+        if is_folded(dictionary.metadata):
+            continue  # trained on another z than the model's, which run_evals cannot know
         with warnings.catch_warnings():
             # of rows that are tensors already
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")
-            metrics = _run_evals_on(
-                model, sae, rows, batch, f"blocks.{layer}.attn.hook_z", excluded, device
-            )
+            metrics = _run_evals_on(model, sae, rows, batch, hook_name, excluded, device)
         found[layer] = {name: metrics[group][key] for name, (group, key) in _SAE_LENS.items()}
         found[layer]["fvu"] = 1 - metrics["reconstruction_quality"]["explained_variance"]
     return found

@@ -281,10 +281,11 @@ def _generic(
             raise InputError(f"d_in={d_in}, but hook_z of {cfg.model_name} is {width} wide")
         if not 0 <= layer < cfg.n_layers:
             raise InputError(f"no layer {layer}; {cfg.model_name} has 0..{cfg.n_layers - 1}")
-        name, d_in, context = str(cfg.model_name), width, min(context, cfg.n_ctx)
+        name, d_in, context = str(cfg.model_name), int(width), min(context, cfg.n_ctx)
     tokens, batch = _budget(changes, 2_000_000, 2048)
     steps = -(-tokens // batch)
     context = changes.get("context_size", context)
+    assert d_in is not None
     return attention_z_config(d_in, d_sae, k), {
         "model_name": name,
         "training_tokens": tokens,

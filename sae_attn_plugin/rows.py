@@ -211,6 +211,7 @@ def _open(source: str | Path, split: str) -> Iterable[dict[str, Any]]:
 
     path = Path(source)
     options: Any = {"split": split}
+    found: Any
     try:
         if path.is_file():
             reader = _READERS.get(path.suffix.lower())
@@ -218,13 +219,15 @@ def _open(source: str | Path, split: str) -> Iterable[dict[str, Any]]:
                 raise InputError(
                     f"cannot read {path}: expected a file that ends in {', '.join(_READERS)}"
                 )
-            return datasets.load_dataset(reader, data_files=str(path), streaming=True, **options)
+            found = datasets.load_dataset(reader, data_files=str(path), streaming=True, **options)
+            return found
         if path.is_dir():
-            found: Any = datasets.load_from_disk(str(path))
+            found = datasets.load_from_disk(str(path))
             return found[split] if isinstance(found, datasets.DatasetDict) else found
         if str(source).startswith((".", "/", "~")) or path.suffix.lower() in _READERS:
             raise InputError(f"no such file: {source}")
-        return datasets.load_dataset(str(source), streaming=True, **options)
+        found = datasets.load_dataset(str(source), streaming=True, **options)
+        return found
     except (OSError, ValueError, ConnectionError, KeyError) as error:
         if isinstance(error, InputError):
             raise

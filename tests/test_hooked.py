@@ -113,7 +113,7 @@ def _halve_in_place(value: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
 @pytest.mark.parametrize("edit", [_halve, _halve_in_place])
 def test_edits_do_what_they_do_on_hooked_transformer(name: str, hook: str, edit: Any) -> None:
     model = RECIPES[name].build()
-    hooks = [(f"blocks.1.{hook}", edit)]
+    hooks: Any = [(f"blocks.1.{hook}", edit)]
     with torch.no_grad():
         got = hooked(model).run_with_hooks(TOKENS, fwd_hooks=hooks)
         expected = to_hooked_transformer(model).run_with_hooks(TOKENS, fwd_hooks=hooks)

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedTransformer import HookedRootModule, Output
+from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.HookedTransformer import Output
 from transformer_lens.utils import lm_cross_entropy_loss
 
 from sae_attn_plugin.backends.architectures import (
@@ -121,6 +122,7 @@ class HookedModel(HookedRootModule):
         self.model = model
         self.tokenizer = tokenizer or getattr(model, "tokenizer", None)
         self._bridge = "transformer_lens.TransformerBridge" in kinds
+        row: Architecture | None = None
         if self._bridge:
             self.cfg, taps, self._stops = _bridge_taps(model)
         else:
@@ -131,7 +133,7 @@ class HookedModel(HookedRootModule):
         self._taps = taps
         self.blocks = nn.ModuleList(_Block() for _ in range(self.cfg.n_layers))
         self.setup()
-        if not self._bridge:  # the bridge was checked by its backend
+        if row is not None:  # the bridge was checked by its backend
             self._check(row)
 
     def setup(self) -> None:
@@ -227,13 +229,15 @@ class HookedModel(HookedRootModule):
         Raises:
             InputError: a name that does not exist, or a filter that finds none.
         """
-        if isinstance(names_filter, str):
-            names_filter = [names_filter]
-        if names_filter is not None and not callable(names_filter):
-            names_filter = [self._known(name) for name in names_filter]
-        elif callable(names_filter) and not any(map(names_filter, self.hook_dict)):
-            raise InputError(f"names_filter finds no hook point; there are: {self._known_names()}")
-        return super().run_with_cache(*args, names_filter=names_filter, **kwargs)
+        wanted: Any = [names_filter] if isinstance(names_filter, str) else names_filter
+        if callable(wanted):
+            if not any(map(wanted, self.hook_dict)):
+                raise InputError(
+                    f"names_filter finds no hook point; there are: {self._known_names()}"
+                )
+        elif wanted is not None:
+            wanted = [self._known(name) for name in wanted]
+        return super().run_with_cache(*args, names_filter=cast(Any, wanted), **kwargs)
 
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
         """As on ``HookedTransformer``; an unknown name raises :class:`InputError`."""
