@@ -223,7 +223,8 @@ def _open(source: str | Path, split: str) -> Iterable[dict[str, Any]]:
             return found
         if path.is_dir():
             found = datasets.load_from_disk(str(path))
-            return found[split] if isinstance(found, datasets.DatasetDict) else found
+            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            return found
         if str(source).startswith((".", "/", "~")) or path.suffix.lower() in _READERS:
             raise InputError(f"no such file: {source}")
         found = datasets.load_dataset(str(source), streaming=True, **options)
