@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from sae_attn_plugin.evaluation import Evaluation, evaluate
+    from sae_attn_plugin.graphs.aligned import AlignedAttribution, AlignedContrast
     from sae_attn_plugin.graphs.compare import (
         GraphComparison,
         aggregate_graphs,
@@ -79,6 +80,8 @@ _PUBLIC = {
     "AddToStream": "interventions.edits",
     "Agreement": "interventions.validate",
     "AttentionSAE": "saes",
+    "AlignedAttribution": "graphs.aligned",
+    "AlignedContrast": "graphs.aligned",
     "Architecture": "backends.architectures",
     "Attribution": "attribution.table",
     "BackendError": "errors",
@@ -149,6 +152,8 @@ __all__ = [  # noqa: RUF022 - the front door first
     "Attribution",
     "DFA",
     "QKAttribution",
+    "AlignedAttribution",
+    "AlignedContrast",
     "Feature",
     "Logit",
     "LogitDiff",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +40,7 @@ from sae_attn_plugin.backends.protocol import (
 )
 from sae_attn_plugin.dictionaries import Dictionary, head_attribution, place, place_mlp
 from sae_attn_plugin.errors import InputError, UnsupportedError
+from sae_attn_plugin.graphs.aligned import AlignedAttribution, Aligner
 from sae_attn_plugin.heads import fit
 from sae_attn_plugin.interventions import apply, datasets
 from sae_attn_plugin.interventions.edits import Edit
@@ -56,6 +57,7 @@ from sae_attn_plugin.nodes import (
     quote,
     unquote,
 )
+from sae_attn_plugin.tasks.aligned import with_roles
 from sae_attn_plugin.tasks.induction import InductionDataset
 from sae_attn_plugin.tasks.ioi import IOIDataset
 from sae_attn_plugin.tasks.roles import Roles, roles_of
@@ -259,6 +261,82 @@ class FeatureLens:
                 self, [run[i] for i in range(len(run))], roles_of(dataset).pick(members)
             )
         return Run(self, run.capture, run.prompts, roles_of(dataset).pick(members))
+
+    def attribute_many(
+        self,
+        prompts: Any,
+        target: Target
+        | Sequence[Target]
+        | Callable[[int], Target | Sequence[Target]]
+        | None = None,
+        *,
+        align: Any = None,
+        other: Literal["bucket", "drop"] = "bucket",
+        nodes: float = 0.8,
+        edges: float = 0.98,
+        max_nodes: int | None = None,
+        node_budget: int | None = 2000,
+        progress: bool | None = None,
+    ) -> AlignedAttribution:
+        """Attributions over a data set, averaged between positions of the same role.
+
+        Args:
+            prompts: a data set with roles (``IOIDataset``), or a list of prompts of any lengths.
+            target: one for all prompts, or a function of the prompt's number. None: the logit
+                difference of the data set's ``correct`` and ``wrong`` at END.
+            align: roles: names of a data set's (default IO, S1, S2, END, AND), a dict of role to
+                one position per prompt, or one dict of role to position per prompt. Several roles
+                at one position of a prompt are a place of their own (``@S1+1=AND``).
+            other: positions without a role: summed under ``@other``, or left out and counted.
+            nodes, edges, max_nodes: pruning of each prompt's graph, as in :meth:`Run.graph`; what
+                is pruned counts as absent. 1 and 1: everything.
+            node_budget: as in :meth:`Run.attribute`.
+            progress: show a bar; None: on a terminal.
+
+        Returns:
+            Mean, standard error, bootstrap interval and presence of every edge; see
+            :class:`~sae_attn_plugin.AlignedAttribution`, whose ``contrast`` compares two sets.
+
+        Raises:
+            InputError: a role that a prompt lacks, a position out of range, no target.
+
+        One prompt is held in memory at a time; of each, the edges by role are kept.
+        """
+        given = with_roles(prompts, align)
+        if target is None and (given.correct is None or given.wrong is None):
+            raise InputError("these prompts name no answers; pass target=")
+        aligner = Aligner(given.roles, other)
+        disable = None if progress is None else not progress
+        bar = tqdm(given.prompts, desc="attributing", unit="prompt", disable=disable, leave=False)
+        for number, prompt in enumerate(bar):
+            run = self.run(prompt if isinstance(prompt, str) else [prompt])
+            at = given.at(number, run.tokens.shape[1])
+            if callable(target):
+                wanted: Any = target(number)
+            elif target is None:
+                assert given.correct is not None
+                assert given.wrong is not None
+                end = at.get("END", -1)
+                wanted = LogitDiff(given.correct[number], given.wrong[number], end)
+            else:
+                wanted = target
+            attribution = run.attribute(wanted, node_budget=node_budget, progress=False)
+            if (nodes, edges, max_nodes) != (1, 1, None):
+                attribution = attribution.prune(nodes, edges, max_nodes)
+            aligner.add(attribution, at)
+        g = self.backend.geometry
+        settings = {
+            "model": g.model_name,
+            "revision": self.backend.revision,
+            "backend": self.backend.host,
+            "dtype": str(g.dtype).removeprefix("torch."),
+            "saes": {str(layer): d.sae_id for layer, d in self.dictionaries.items()},
+            "pruning": {"nodes": nodes, "edges": edges, "max_nodes": max_nodes},
+            "node_budget": node_budget,
+            "other": other,
+            "versions": dict(_versions()),
+        }
+        return aligner.finish(settings, given.pairs)
 
     def intervene(
         self,
