@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sae_attn_plugin.errors import InputError
 
-__all__ = ["Interval", "bootstrap"]
+__all__ = ["NOTHING", "Interval", "bootstrap"]
 
 _AT_ONCE = 2**24  # numbers drawn at a time
 
@@ -27,6 +27,14 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    def columns(self, name: str) -> dict[str, float]:
+        """``name``, ``name_low`` and ``name_high``, for a row of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
+"""The interval of no samples."""
 
 
 def bootstrap(

@@ -1,13 +1,16 @@
 """The paper's studies, each a function of a lens that returns a :class:`Study`.
 
 ``prefix``: long- and short-prefix induction heads. ``induction_feature``: features that say "X is
-next by induction", against the text.
+next by induction", against the text. ``ioi_features``: which features carry the logit difference.
+``ioi_positions``: what attention knows about the order of the names.
 """
 
 from __future__ import annotations
 
 from sae_attn_plugin.studies.induction_feature import induction_feature
+from sae_attn_plugin.studies.ioi_features import ioi_features
+from sae_attn_plugin.studies.ioi_positions import ioi_positions
 from sae_attn_plugin.studies.prefix import prefix
 from sae_attn_plugin.studies.result import Study, load_study
 
-__all__ = ["Study", "induction_feature", "load_study", "prefix"]
+__all__ = ["Study", "induction_feature", "ioi_features", "ioi_positions", "load_study", "prefix"]

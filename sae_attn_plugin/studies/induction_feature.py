@@ -22,7 +22,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.statistics import Interval, bootstrap
+from sae_attn_plugin.statistics import NOTHING, bootstrap
 from sae_attn_plugin.studies.activations import fired
 from sae_attn_plugin.studies.parts import fingerprint, in_parts
 from sae_attn_plugin.studies.result import Study
@@ -279,8 +279,7 @@ def _one(
         "f1": lambda m: 2 * m[..., 0] / (m[..., 1] + m[..., 2]),
     }.items():
         possible = total[2] > 0 or name != "recall"
-        found = bootstrap(counts, statistic) if possible else Interval(np.nan, np.nan, np.nan, 0)
-        row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+        row |= (bootstrap(counts, statistic) if possible else NOTHING).columns(name)
     return {
         "feature": pd.DataFrame([row]),
         "quantiles": _quantiles(activation[fires], proxy[fires], quantiles),
@@ -302,9 +301,7 @@ def _quantiles(activation: np.ndarray, proxy: np.ndarray, quantiles: int) -> pd.
                 "proxy": int(proxy[part].sum()),
                 "activation_sum": float(activation[part].sum()),
                 "activation_sum_proxy": float(activation[part][proxy[part]].sum()),
-                "precision": found.value,
-                "precision_low": found.low,
-                "precision_high": found.high,
+                **found.columns("precision"),
             }
         )
     return pd.DataFrame(rows)

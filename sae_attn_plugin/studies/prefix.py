@@ -29,7 +29,7 @@ from torch import Tensor
 from sae_attn_plugin.attribution.frozen import algebra_dtype
 from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.statistics import bootstrap
+from sae_attn_plugin.statistics import NOTHING, bootstrap
 from sae_attn_plugin.studies.parts import fingerprint, in_parts
 from sae_attn_plugin.studies.result import Study
 from sae_attn_plugin.tasks.induction import InductionDataset, fuzzy_classes, prefix_length
@@ -276,11 +276,6 @@ def _other(rng: random.Random, classes: Tensor, row: Tensor, position: int, bos:
 # -- tables --------------------------------------------------------------------------------------
 
 
-def _with_interval(name: str, values: Any) -> dict[str, float]:
-    found = bootstrap(values)
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
 def _sweep_table(heads: list[Head], prefixes: Tensor, swept: dict[str, Tensor]) -> pd.DataFrame:
     rows = []
     for number, (layer, head) in enumerate(heads):
@@ -288,7 +283,7 @@ def _sweep_table(heads: list[Head], prefixes: Tensor, swept: dict[str, Tensor]) 
             mine = prefixes == length
             row: dict[str, Any] = {"layer": layer, "head": head, "prefix": length}
             for name in ("attention", "attribution"):
-                row |= _with_interval(name, swept[name][mine, number].numpy())
+                row |= bootstrap(swept[name][mine, number].numpy()).columns(name)
             rows.append({**row, "n": int(mine.sum())})
     return pd.DataFrame(rows)
 
@@ -308,8 +303,7 @@ def _corruption_table(heads: list[Head], found: dict[str, Tensor]) -> pd.DataFra
             ("change", cut - clean),
             ("control_change", (control - clean)[known]),
         ):
-            nothing = {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
-            row |= _with_interval(name, values) if len(values) else nothing
+            row |= (bootstrap(values) if len(values) else NOTHING).columns(name)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -200,8 +200,8 @@ class IOIDataset:
                 f"for this tokenizer; at least {_FEWEST_NAMES} are needed. Dropped: "
                 f"{_some(no_names)}. Pass names= that are one token with a space before them"
             )
-        spots, no_places = _split(places, lambda word: _knows(tokenizer, f" {word}"))
-        things, no_objects = _split(objects, lambda word: _knows(tokenizer, f" {word}"))
+        spots, no_places = _split(places, lambda word: knows(tokenizer, f" {word}"))
+        things, no_objects = _split(objects, lambda word: knows(tokenizer, f" {word}"))
 
         def usable(template: str) -> bool:
             slots = {slot for _, slot in _pieces(template)}
@@ -209,7 +209,7 @@ class IOIDataset:
                 return False
             fills = {"PLACE": spots[0] if spots else "", "OBJECT": things[0] if things else ""}
             text = template.format(A=kept[0], B=kept[1], S=kept[0], **fills)
-            return _knows(tokenizer, text)
+            return knows(tokenizer, text)
 
         frames, no_templates = _split(templates, usable)
         if not frames:
@@ -304,6 +304,13 @@ class IOIDataset:
             io, subject = rng.sample(self._others(s), 2)
             samples.append(replace(s, io=io, s1=subject, s2=subject))
         return self._counterpart("new names", samples)
+
+    def swapped(self) -> IOIDataset:
+        """The pair in the other order (ABBA <-> BABA): IO and S1 change places, nothing else."""
+        orders: dict[Order, Order] = {"ABBA": "BABA", "BABA": "ABBA"}
+        return self._counterpart(
+            "swapped", [replace(s, order=orders[s.order]) for s in self.samples]
+        )
 
     def with_sentence_in_front(self, sentence: str = "It was a calm morning.") -> IOIDataset:
         """A sentence before each prompt: positions move, relations stay."""
@@ -486,7 +493,8 @@ def _name_id(tokenizer: Any, name: str) -> int | None:
     return number if after == [*alone, number] else None
 
 
-def _knows(tokenizer: Any, text: str) -> bool:
+def knows(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer has no unknown token in a text."""
     unknown = tokenizer.unk_token_id
     # Some tokenizers use one special token for everything; unknown words then cannot be told.
     told = unknown is not None and unknown != tokenizer.bos_token_id
