@@ -2,15 +2,25 @@
 
 ``prefix``: long- and short-prefix induction heads. ``induction_feature``: features that say "X is
 next by induction", against the text. ``ioi_features``: which features carry the logit difference.
-``ioi_positions``: what attention knows about the order of the names.
+``ioi_positions``: what attention knows about the order of the names. ``ioi_circuit``: what the SAEs
+keep of the circuit, and paths from features to heads.
 """
 
 from __future__ import annotations
 
 from sae_attn_plugin.studies.induction_feature import induction_feature
+from sae_attn_plugin.studies.ioi_circuit import ioi_circuit
 from sae_attn_plugin.studies.ioi_features import ioi_features
 from sae_attn_plugin.studies.ioi_positions import ioi_positions
 from sae_attn_plugin.studies.prefix import prefix
 from sae_attn_plugin.studies.result import Study, load_study
 
-__all__ = ["Study", "induction_feature", "ioi_features", "ioi_positions", "load_study", "prefix"]
+__all__ = [
+    "Study",
+    "induction_feature",
+    "ioi_circuit",
+    "ioi_features",
+    "ioi_positions",
+    "load_study",
+    "prefix",
+]
