@@ -96,7 +96,8 @@ def ioi_circuit(
             lens, n=n, role=role, seed=seed, folder=folder, progress=progress
         ).table
         ranked = ranked[(ranked["kind"] == "feature") & (ranked["order"] == "both")]
-        ranked = ranked.sort_values("effect", kind="stable").head(3)
+        order = ranked["effect"].to_numpy().argsort(kind="stable")
+        ranked = ranked.iloc[order[:3]]
         features = list(zip(ranked["layer"], ranked["feature"], strict=True))
     chosen = [(int(layer), int(feature)) for layer, feature in features]
     for layer, feature in chosen:
