@@ -31,16 +31,17 @@ def fired(
     """
     dtype = algebra_dtype(lens.backend.geometry.dtype)
     device = lens.backend.geometry.device
-    run = lens.backend.forward(tokens, reads=[Site("z", layer) for layer in layers])
+    sites = {layer: Site(lens.dictionaries[layer].reads, layer) for layer in layers}
+    run = lens.backend.forward(tokens, reads=list(sites.values()))
     length = tokens.shape[1]
     found = {}
     for layer in layers:
         dictionary = lens.dictionaries[layer]
-        z = run[Site("z", layer)].to(device, dtype).flatten(0, 1)
+        read = run[sites[layer]].to(device, dtype).flatten(0, 1)
         parts = {"place": [], "feature": [], "activation": []}
         step = max(1, _AT_ONCE // dictionary.d_sae)
-        for start in range(0, len(z), step):
-            encoded = dictionary.encode(z[start : start + step])
+        for start in range(0, len(read), step):
+            encoded = dictionary.encode(read[start : start + step])
             parts["place"].append(encoded.position + start)
             parts["feature"].append(encoded.feature)
             parts["activation"].append(encoded.activation)

@@ -92,12 +92,10 @@ def ioi_circuit(
             )
     data = IOIDataset(n, lens.tokenizer, seed, "mixed", prepend_bos=lens.prepend_bos)
     if features is None:
-        ranked = ioi_features(
+        table = ioi_features(
             lens, n=n, role=role, seed=seed, folder=folder, progress=progress
         ).table
-        ranked = ranked[(ranked["kind"] == "feature") & (ranked["order"] == "both")]
-        order = ranked["effect"].to_numpy().argsort(kind="stable")
-        ranked = ranked.iloc[order[:3]]
+        ranked = table.query("kind == 'feature' and order == 'both'").sort_values("effect").head(3)
         features = list(zip(ranked["layer"], ranked["feature"], strict=True))
     chosen = [(int(layer), int(feature)) for layer, feature in features]
     for layer, feature in chosen:
