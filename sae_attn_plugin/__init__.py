@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.pretrained import releases
     from sae_attn_plugin.registration import register, register_release
     from sae_attn_plugin.saes import AttentionSAE
+    from sae_attn_plugin.splicing import splice
 
 # public name -> where it lives
 _PUBLIC = {
@@ -141,6 +142,7 @@ _PUBLIC = {
     "releases": "pretrained",
     "register_architecture": "backends.architectures",
     "show": "graphs.html",
+    "splice": "splicing",
     "strongest_paths": "graphs.paths",
     "validate": "interventions.validate",
 }
@@ -196,6 +198,7 @@ __all__ = [  # noqa: RUF022 - the front door first
     "graph_to_html",
     "strongest_paths",
     "AttentionSAE",
+    "splice",
     "releases",
     "min_cut",
     "Cut",

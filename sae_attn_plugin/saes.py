@@ -35,7 +35,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
 )
-from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.standard_sae import (
     StandardSAE,
     StandardSAEConfig,
@@ -84,28 +84,26 @@ def heads_of(
     Raises:
         InputError: not known, or at odds with ``d_in``.
     """
-    metadata = cfg.metadata
-    one_head = metadata.hook_head_index is not None
-    known = known_heads(metadata.model_name)
-    n_heads = n_heads or metadata.n_heads or (known[0] if known else None)
-    d_head = d_head or metadata.d_head or (cfg.d_in if one_head else None)
-    if d_head is None and n_heads is not None and cfg.d_in % n_heads == 0:
-        d_head = cfg.d_in // n_heads
-    if n_heads is None and d_head is not None and not one_head and cfg.d_in % d_head == 0:
+    metadata, head = cfg.metadata, cfg.metadata.hook_head_index
+    if n_heads is None and d_head is None:
+        n_heads, d_head = metadata.n_heads, metadata.d_head
+    if n_heads is None and d_head is None and (known := known_heads(metadata.model_name)):
+        n_heads, d_head = known
+    if d_head is None:
+        d_head = cfg.d_in if head is not None else cfg.d_in // n_heads if n_heads else None
+    if n_heads is None and d_head is not None and head is None:
         n_heads = cfg.d_in // d_head
-    if n_heads is None:
+    name = f"the SAE on {metadata.hook_name!r}" + ("" if head is None else f", head {head},")
+    if n_heads is None or d_head is None:
         raise InputError(
-            f"the SAE on {metadata.hook_name!r} of {metadata.model_name!r} does not say how many "
-            "heads it spans; pass n_heads="
+            f"{name} of {metadata.model_name!r} does not say how many heads it spans; pass n_heads="
         )
-    width = d_head if one_head else n_heads * (d_head or 0)
-    if width != cfg.d_in or not 0 <= (metadata.hook_head_index or 0) < n_heads:
-        head = f", head {metadata.hook_head_index}" if one_head else ""
+    if cfg.d_in != (n_heads * d_head if head is None else d_head):
         raise InputError(
-            f"the SAE on {metadata.hook_name!r}{head} has d_in {cfg.d_in}, which is not that of "
-            f"{n_heads} heads x {d_head or '?'}"
+            f"{name} has d_in {cfg.d_in}, which is not that of {n_heads} heads x {d_head}"
         )
-    assert d_head is not None
+    if head is not None and not 0 <= head < n_heads:
+        raise InputError(f"{name} cannot be: there are heads 0..{n_heads - 1}")
     return n_heads, d_head
 
 
@@ -430,6 +428,30 @@ def repaired(sae: SAE[Any], release: str | None = None) -> SAE[Any]:
 # -- training -------------------------------------------------------------------------------------
 
 
+class _CheckedMetadata(SAEMetadata):
+    """Refuses what a runner says of an SAE where it is at odds with the SAE's configuration.
+
+    sae_lens' runners write it when training starts, and check nothing.
+    """
+
+    def __init__(self, head: int | None, **fields: Any) -> None:
+        self.__dict__["hook_head_index"] = head
+        super().__init__(**fields)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "hook_name" and value is not None and layer_of(value) is None:
+            raise InputError(
+                f"an attention-z SAE cannot train on the hook {value!r}; expected "
+                "'blocks.LAYER.attn.hook_z'"
+            )
+        if name == "hook_head_index" and value != self.hook_head_index:
+            raise InputError(
+                f"hook_head_index is {value}, but the SAE's configuration has "
+                f"head={self.hook_head_index}; give both the same"
+            )
+        super().__setattr__(name, value)
+
+
 @dataclass(kw_only=True)
 class AttentionTrainingSAEConfig(TrainingSAEConfig):
     """The fields every attention-z training configuration adds to its sae_lens one.
@@ -471,25 +493,11 @@ class AttentionTrainingSAEConfig(TrainingSAEConfig):
             )
         self.d_in = width
         self.reshape_activations = "hook_z" if self.head is None else "none"
-        self._check_hook()
+        given = {**self.metadata.to_dict()}
+        given.setdefault("hook_head_index", self.head)
+        self.metadata = _CheckedMetadata(head=self.head, **given)
         self.metadata.n_heads, self.metadata.d_head = self.n_heads, self.d_head
-        if self.metadata.hook_head_index is None:
-            self.metadata.hook_head_index = self.head
         super().__post_init__()
-
-    def _check_hook(self) -> None:
-        metadata = self.metadata
-        if metadata.hook_name is not None and layer_of(metadata.hook_name) is None:
-            raise InputError(
-                f"{type(self).__name__} trains on attention z, but the hook name is "
-                f"{metadata.hook_name!r}; expected 'blocks.LAYER.attn.hook_z'"
-            )
-        said = metadata.hook_head_index
-        if "hook_head_index" in metadata and metadata.hook_name is not None and said != self.head:
-            raise InputError(
-                f"the runner's hook_head_index is {said}, but the SAE's configuration has "
-                f"head={self.head}; give both the same"
-            )
 
     def get_inference_config_class(self) -> type[SAEConfig]:
         return self.inference
