@@ -194,14 +194,7 @@ def _host(model: Any) -> _Host:
     if "transformers.PreTrainedModel" in names:
         return _huggingface(model)
     if "transformer_lens.TransformerBridge" in names:
-        inside = _huggingface(model.original_model)
-
-        def canonical(layer: int) -> tuple[nn.Module, str]:
-            return _free(model.blocks[layer].attn.o.hook_in, layer), "output"
-
-        return _Host(
-            inside.n_layers, inside.n_heads, inside.d_head, canonical, inside.value_bias_part
-        )
+        return _bridge(model)
     hooks = getattr(model, "hook_dict", {})
     if "blocks.0.attn.hook_z" in hooks or "transformer_lens.HookedTransformer" in names:
         return _hooked(model)
@@ -227,6 +220,26 @@ def _hooked(model: Any) -> _Host:
     cfg = model.cfg
     if not hasattr(model.blocks[0].attn, "b_V"):  # a HookedModel: hook points of another's modules
         value_bias_part = _host(model.model).value_bias_part
+    return _Host(cfg.n_layers, cfg.n_heads, cfg.d_head, place, value_bias_part)
+
+
+def _bridge(model: Any) -> _Host:
+    def place(layer: int) -> tuple[nn.Module, str]:
+        return _free(model.blocks[layer].attn.o.hook_in, layer), "output"
+
+    def value_bias_part(layer: int) -> Tensor:
+        block = model.blocks[layer]
+        W_V, b_V = block.attn.W_V.detach(), block.attn.b_V
+        bias = W_V.new_zeros(W_V.shape[0], W_V.shape[2])
+        if b_V is not None:
+            bias = bias + b_V.detach().reshape(bias.shape)
+        norm = getattr(getattr(block, "ln1", None), "original_component", None)
+        before = getattr(norm, "bias", None)
+        if before is not None:
+            bias = bias + torch.einsum("d,kde->ke", before.detach(), W_V)
+        return bias.repeat_interleave(model.cfg.n_heads // len(bias), dim=0)
+
+    cfg = model.cfg
     return _Host(cfg.n_layers, cfg.n_heads, cfg.d_head, place, value_bias_part)
 
 
