@@ -21,17 +21,10 @@ def in_new_process(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import sae_lens, sae_attn_plugin",
-        "import sae_attn_plugin, sae_lens",
-        "import sae_attn_plugin, sae_lens; sae_attn_plugin.register(); sae_attn_plugin.register()",
-    ],
-)
-def test_registers_in_either_order(imports: str) -> None:
+def test_registers_when_imported_first_and_again_by_hand() -> None:
     code = f"""
-{imports}
+import sae_attn_plugin, sae_lens
+sae_attn_plugin.register(); sae_attn_plugin.register()
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory as directory
 print(sorted(directory()["{DEMO_RELEASE}"].saes_map))
 """
@@ -39,22 +32,73 @@ print(sorted(directory()["{DEMO_RELEASE}"].saes_map))
     assert in_new_process(code).strip().splitlines()[-1] == str(expected)
 
 
-def test_every_entry_of_sae_lens_is_kept() -> None:
-    code = """
-import sae_lens
-from sae_lens import registry
+# Everything of sae_lens, and objects built before, against the same after the import.
+UNCHANGED = """
+import sys, json, torch, sae_lens, sae_lens.evals
+from sae_lens import registry, SAE, StandardSAE, StandardSAEConfig, TrainingSAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory as directory
+from sae_lens.saes.sae import SAEMetadata
+
+def everything():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "sae_lens":
+            for key, value in vars(module).items():
+                found[name, key] = value
+                if isinstance(value, type) and value.__module__.startswith("sae_lens"):
+                    found.update({(name, key, k): v for k, v in vars(value).items()})
+    return found
+
+def made():
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=12, d_sae=20, reshape_activations="hook_z",
+        metadata=SAEMetadata(hook_name="blocks.0.attn.hook_z", model_name="m")))
+    config = dict(sae_lens.StandardTrainingSAEConfig(d_in=12, d_sae=20).to_dict())
+    return sae, TrainingSAE.from_dict(config)
+
+def use(saes):
+    x = torch.ones(2, 3, 3, 4)
+    plain, training = saes
+    out = [plain.encode(x), plain(x), training(x.flatten(-2))]
+    return [t.detach() for t in out], plain.cfg.to_dict(), training.cfg.to_dict()
+
 tables = [directory(), loaders.NAMED_PRETRAINED_SAE_LOADERS, registry.SAE_CLASS_REGISTRY,
           loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, registry.SAE_TRAINING_CLASS_REGISTRY]
-before = [dict(table) for table in tables]
+before, old_tables = everything(), [dict(table) for table in tables]
+copies = json.dumps([vars(lookup) for lookup in directory().values()], default=str)
+early = made()
+# The trap is there before, and stays as it is.
+lost = made()[0]
+try: lost.decode(torch.ones(1, 20)); raise SystemExit("no trap")
+except AttributeError: pass
+
 import sae_attn_plugin
-sae_attn_plugin.register()
-for old, new in zip(before, tables):
+sae_attn_plugin.register(); sae_attn_plugin.register()
+
+assert everything().keys() >= before.keys()
+changed = [key for key, value in everything().items() if key in before and value is not before[key]]
+assert not changed, changed
+late = made()
+assert [type(x) for x in early] == [type(x) for x in late]
+for one, other in zip(use(early)[0], use(late)[0]):
+    assert torch.equal(one, other)
+assert use(early)[1:] == use(late)[1:]
+try: made()[0].decode(torch.ones(1, 20)); raise SystemExit("changed")
+except AttributeError: pass
+for old, new in zip(old_tables, tables):
     assert all(new[name] is old[name] for name in old)
-print([sorted(set(new) - set(old)) for old, new in zip(before, tables)])
+    assert list(new)[: len(old)] == list(old)
+kept = [vars(directory()[name]) for name in old_tables[0]]
+assert json.dumps(kept, default=str) == copies
+directory.cache_clear()
+assert set(directory()) == set(tables[0])
+print([sorted(set(new) - set(old)) for old, new in zip(old_tables, tables)])
 """
-    added = in_new_process(code).strip().splitlines()[-1]
+
+
+def test_importing_changes_nothing_for_code_that_does_not_use_it() -> None:
+    added = in_new_process(UNCHANGED).strip().splitlines()[-1]
     training = [f"sae_attn_{name}" for name in sorted(sap.saes.ARCHITECTURES)]
     releases = sorted(pretrained.added(get_pretrained_saes_directory()))
     again = [name for name in get_pretrained_saes_directory() if name.endswith("-hook-z")]
