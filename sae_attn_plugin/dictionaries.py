@@ -345,8 +345,11 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
         )
     _check_layer(found, layer, g, name)
     reads, head, whole = _ATTENTION_HOOKS[site], cfg.metadata.hook_head_index, g
-    if head is not None and reads == "z":
-        g, name = replace(g, n_heads=1), f"{name}, head {head}"
+    if head is not None:
+        name = f"{name}, head {head},"
+        if reads != "z":
+            raise InputError(f"{name} reads what all heads write together; expected 'attn.hook_z'")
+        g = replace(g, n_heads=1)
     width = g.n_heads * g.d_head if reads == "z" else g.d_model
     if cfg.d_in != width:
         what = (
@@ -356,7 +359,7 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
         )
         raise InputError(f"{name} has d_in {cfg.d_in}, but {what}")
     made = _read(sae, _ARCHITECTURES, g, found, name, {"reads": reads, "writes": reads})
-    return only_head(made, head, whole) if head is not None and reads == "z" else made
+    return made if head is None else only_head(made, head, whole)
 
 
 def from_mlp(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictionary:

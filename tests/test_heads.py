@@ -29,6 +29,11 @@ def of_head(head: int, layer: int = 1, seed: int = 0, **config: Any) -> Any:
     return sae
 
 
+def _on_attn_out(sae: Any) -> Any:
+    sae.cfg.metadata.hook_name = "blocks.1.hook_attn_out"
+    return sae
+
+
 @pytest.fixture(scope="module")
 def geometry() -> Geometry:
     return as_backend(tiny_gpt2()).geometry
@@ -145,7 +150,8 @@ def test_graphs_with_single_heads_close_and_hold_on_the_model(kind: str) -> None
             sap.UnsupportedError,
             "of head 1 normalises its input",
         ),
-        ([of_head(1, d_in=30)], sap.InputError, "head 1 has d_in 30, but .* 1 heads x 6 = 6"),
+        ([of_head(1, d_in=30)], sap.InputError, r"head 1, has d_in 30, but .* 1 heads x 6 = 6"),
+        ([_on_attn_out(of_head(1))], sap.InputError, "head 1, reads what all heads write"),
     ],
 )
 def test_what_does_not_fit(
