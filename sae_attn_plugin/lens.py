@@ -74,6 +74,8 @@ from sae_attn_plugin.tokens import (
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from sae_attn_plugin.graphs.html import Page
 
@@ -696,6 +698,72 @@ class Run:
             target, nodes=nodes, edges=edges, max_nodes=max_nodes, node_budget=node_budget
         )
         return page(self, graph, **options)
+
+    # -- seeing it -------------------------------------------------------------------------------
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """How many features are active, by layer and position.
+
+        Args:
+            ax: axes to draw into. None: a figure of its own, which notebooks show.
+
+        Raises:
+            InputError: a run of several prompts.
+        """
+        from sae_attn_plugin.plots import heat_map
+
+        counts = self._one._active_counts()
+        return heat_map(
+            counts.to_numpy(dtype=float),
+            [f"layer {layer}" for layer in counts.index],
+            self.token_strings,
+            title="Active features",
+            name="features",
+            ax=ax,
+            signed=False,
+        )
+
+    def _active_counts(self) -> pd.DataFrame:
+        """``[layer, position]``."""
+        features = self.features()
+        counts = pd.crosstab(features["layer"], features["position"])
+        return counts.reindex(
+            index=list(self.lens.dictionaries), columns=range(self.tokens.shape[1]), fill_value=0
+        )
+
+    def _repr_html_(self) -> str:
+        from sae_attn_plugin import display
+
+        if len(self) > 1:
+            texts = [prompt or "token ids" for prompt in self.prompts]
+            lengths = [self[i].tokens.shape[1] for i in range(len(self))]
+            names = [f"run[{i}]" for i in range(len(texts))]
+            frame = pd.DataFrame({"run": names, "prompt": texts, "tokens": lengths})
+            return display.card(
+                f"Run of {len(self)} prompts", [repr(self.lens)], display.table(frame, list(frame))
+            )
+        one = self[0]
+        counts = one._active_counts().sum(axis=1)
+        active = ", ".join(f"{layer}: {count}" for layer, count in counts.items())
+        probabilities = one.logits[0, -1].double().softmax(-1)
+        top = probabilities.topk(min(5, len(probabilities)))
+        d_vocab = self.lens.backend.geometry.d_vocab
+        frame = pd.DataFrame(
+            {
+                "next token": [
+                    str(token_label(self.lens.tokenizer, number, d_vocab))
+                    for number in top.indices.tolist()
+                ],
+                "probability": top.values.tolist(),
+            }
+        )
+        return display.card(
+            f"Run of {one.tokens.shape[1]} tokens",
+            [str(self.lens.backend.geometry.model_name), self.lens.backend.host],
+            display.coloured(one.token_strings, [0.0] * one.tokens.shape[1]),
+            display.note(f"Active features by layer: {active}"),
+            display.table(frame, list(frame), bars="probability", rows=5, neutral=True),
+        )
 
     # -- resolving -------------------------------------------------------------------------------
 

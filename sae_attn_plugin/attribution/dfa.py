@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenLayer
 from sae_attn_plugin.backends.protocol import repeat_kv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +54,50 @@ class DFA:
     def residual(self) -> float:
         """What the split fails to explain; rounding only."""
         return self.pre_activation - self.constant - float(self.by_head_and_source.sum())
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """A heat map of heads by source positions, in units of the pre-activation.
+
+        Args:
+            ax: axes to draw into. None: a figure of its own, which notebooks show.
+        """
+        from sae_attn_plugin.plots import heat_map
+
+        seen = self.position + 1
+        token = self.tokens[self.position]
+        return heat_map(
+            self.by_head_and_source[:, :seen].double().numpy(force=True),
+            [f"{self.layer}.{head}" for head in range(len(self.by_head))],
+            self.tokens[:seen],
+            title=f"Feature {self.layer}/{self.feature} at {token!r} ({self.position})",
+            name="attribution",
+            ax=ax,
+        )
+
+    def _repr_html_(self) -> str:
+        from sae_attn_plugin import display
+
+        by_head = self.by_head.double()
+        frame = pd.DataFrame(
+            {
+                "head": [f"{self.layer}.{head}" for head in range(len(by_head))],
+                "attribution": by_head.numpy(force=True),
+            }
+        )
+        strongest = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index
+        total, token = float(by_head.sum()), self.tokens[self.position]
+        return display.card(
+            f"Feature {self.layer}/{self.feature} at {token!r} ({self.position})",
+            [
+                f"pre-activation {display.number(self.pre_activation)}",
+                f"heads {display.number(total, True)}",
+                f"constant {display.number(self.constant, True)}",
+            ],
+            display.coloured(self.tokens, self.by_source[: self.position + 1].double().tolist()),
+            display.table(
+                frame.loc[strongest], ["head", "attribution"], bars="attribution", rows=8
+            ),
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """Sources as rows, heads as columns, with the token of each source."""

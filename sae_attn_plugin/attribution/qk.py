@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,10 @@ from sae_attn_plugin.attribution.writers import WriterTable
 from sae_attn_plugin.backends.protocol import Norm
 from sae_attn_plugin.backends.scores import ScoreWeights
 from sae_attn_plugin.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Side = Literal["query", "key", "both"]
 SIDES: tuple[Side, ...] = ("query", "key", "both")
@@ -274,6 +278,38 @@ class QKAttribution:
 
     def _at(self, position: int) -> str:
         return f"{self.tokens[position]!r}@{position}"
+
+    def plot(self, n: int = 15, ax: Axes | None = None) -> Figure:
+        """The ``n`` strongest pairs of terms, and what all others add.
+
+        Args:
+            ax: axes to draw into. None: a figure of its own, which notebooks show.
+        """
+        from sae_attn_plugin.plots import bars
+
+        top = self.top(n)
+        names = [f"{q} × {k}" for q, k in zip(top["query_node"], top["key_node"], strict=True)]
+        values = [float(weight) for weight in top["weight"]]
+        names += ["all other pairs", "= score"]
+        values += [self.score - sum(values), self.score]
+        title = f"Head {self.layer}.{self.head}, {self._at(self.query)} to {self._at(self.key)}"
+        return bars(names, values, title=title, name="score", ax=ax, neutral=(len(names) - 1,))
+
+    def _repr_html_(self) -> str:
+        from sae_attn_plugin import display
+
+        row = dict(zip(self.row_keys, self.row_pattern.double().tolist(), strict=True))
+        return display.card(
+            f"Head {self.layer}.{self.head}, {self._at(self.query)} to {self._at(self.key)}",
+            [
+                f"score {display.number(self.score, True)}",
+                f"attention {self.pattern:.1%}",
+                f"{len(self.query_nodes)} x {len(self.key_nodes)} terms",
+            ],
+            display.coloured(self.tokens, [row.get(p, 0.0) for p in range(self.query + 1)]),
+            display.heading("Strongest terms"),
+            display.table(self.top(8), ["query_node", "key_node", "weight"], bars="weight", rows=8),
+        )
 
     # -- terms -----------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from sae_attn_plugin.nodes import FEATURE_KINDS, Node
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HeadSplit = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
@@ -271,6 +273,66 @@ class Attribution:
         from sae_attn_plugin.graphs.build import to_networkx
 
         return to_networkx(self, by)
+
+    # -- seeing it -------------------------------------------------------------------------------
+
+    def plot(self, target: str | Node | None = None, n: int = 12, ax: Axes | None = None) -> Figure:
+        """What adds up to a target: its strongest in-edges, the other edges, constant, pruned.
+
+        Args:
+            target: a node with in-edges here. None: the first of the targets asked for.
+            n: how many edges have a bar of their own.
+            ax: axes to draw into. None: a figure of its own, which notebooks show.
+
+        Raises:
+            InputError: a node without in-edges here, or ``n`` below 1.
+        """
+        from sae_attn_plugin.plots import bars
+
+        name = str(next(iter(self.roots.values())) if target is None else target)
+        if name not in self.ledger.index:
+            raise InputError(f"plot({name!r}): the node has no ledger here; expected a target")
+        if n < 1:
+            raise InputError(f"plot(n={n}): expected at least 1")
+        ledger = self.ledger.loc[name]
+        edges = self.edges[self.edges["target"] == name]
+        order = np.argsort(-np.abs(np.asarray(edges["weight"])), kind="stable")
+        top = edges.iloc[order[:n]]
+        tokens = [self.tokens[Node.parse(source).position] for source in top["source"]]
+        names = [f"{one} {token!r}" for one, token in zip(top["source"], tokens, strict=True)]
+        values = [float(weight) for weight in top["weight"]]
+        if len(edges) > n:
+            names.append(f"{len(edges) - n} other edges")
+            values.append(float(ledger["in_sum"]) - sum(values))
+        names += ["constant", "pruned edges", "= value"]
+        values += [float(ledger[name]) for name in ("constant", "pruned", "value")]
+        return bars(
+            names, values, title=name, name="contribution", ax=ax, neutral=(len(names) - 1,)
+        )
+
+    def _repr_html_(self) -> str:
+        from sae_attn_plugin import display
+
+        nodes = self.nodes.reset_index()
+        roots = {str(node) for node in self.roots.values()}
+        ranks = np.argsort(-np.asarray(nodes["influence"]), kind="stable")
+        top = nodes.iloc[[i for i in ranks if nodes["node"][i] not in roots]]
+        ledger = self.ledger.loc[[str(node) for node in self.roots.values()]].reset_index()
+        return display.card(
+            "Attribution of " + ", ".join(map(str, self.roots.values())),
+            [
+                f"{len(nodes):,} nodes",
+                f"{len(self.flow.weight):,} edges",
+                f"worst ledger residual {self.worst_residual:.1e}",
+            ],
+            display.heading("Ledger"),
+            display.table(ledger, ["target", "in_sum", "constant", "pruned", "value"], rows=5),
+            display.heading("Most influential"),
+            display.table(
+                top, ["node", "token", "activation", "influence"], bars="influence", rows=8,
+                neutral=True,
+            ),
+        )  # fmt: skip
 
 
 # -- arithmetic on compressed rows ---------------------------------------------------------------

@@ -30,7 +30,7 @@ __all__ = ["draw"]
 # Colours are told apart with any colour vision (Okabe and Ito); signs also by the line's style.
 _POSITIVE, _NEGATIVE = "#0072B2", "#D55E00"
 _INK, _SOFT, _BAND, _GUIDE = "#222222", "#767676", "#F5F6F8", "#E6E8EC"
-_STYLES: dict[str, tuple[str, str, str]] = {  # kind -> marker, fill, name in the legend
+STYLES: dict[str, tuple[str, str, str]] = {  # kind -> marker, fill, name in the legend
     "attn": ("^", "#009E73", "attention feature"),
     "super": ("D", "#56B4E9", "supernode"),
     "head": ("h", "#F0E442", "head without SAE"),
@@ -98,7 +98,7 @@ def draw(
             raise InputError(f"draw({name}={value}): expected at least 1")
     if not len(graph):
         raise InputError("the graph has no nodes; nothing to draw")
-    scene = _Scene(graph, _Writing(font), max_nodes, max_edges)
+    scene = _Scene(graph, Writing(font), max_nodes, max_edges)
     figure = scene.paint(dpi)
     if path is not None:
         write_png(figure, path)
@@ -117,7 +117,7 @@ def write_png(figure: Figure, path: str | Path) -> None:
 # -- text ----------------------------------------------------------------------------------------
 
 
-class _Writing:
+class Writing:
     """Text in one font, safe for anything a tokenizer can produce."""
 
     def __init__(self, family: str) -> None:
@@ -239,9 +239,7 @@ class _Edge:
 class _Scene:
     """What is drawn, and where."""
 
-    def __init__(
-        self, graph: nx.DiGraph, writing: _Writing, max_nodes: int, max_edges: int
-    ) -> None:
+    def __init__(self, graph: nx.DiGraph, writing: Writing, max_nodes: int, max_edges: int) -> None:
         self.graph, self.writing = graph, writing
         targets = set(graph.graph.get("targets", []))
         names = sorted(
@@ -251,7 +249,7 @@ class _Scene:
         names = names[: max(max_nodes, len(targets & set(graph)))]
         self.spots = {name: self._spot(name, name in targets) for name in names}
         present = {spot.node.kind for spot in self.spots.values()}
-        self.kinds = [kind for kind in _STYLES if kind in present]
+        self.kinds = [kind for kind in STYLES if kind in present]
         edges = _edges(graph)
         self.edges = sorted(
             (e for e in edges if e.source in self.spots and e.target in self.spots),
@@ -301,7 +299,7 @@ class _Scene:
         groups: dict[tuple[_Row, int], list[_Spot]] = defaultdict(list)
         for spot in self.spots.values():
             groups[spot.row, spot.node.position].append(spot)
-        order = list(_STYLES)
+        order = list(STYLES)
         lines = {}
         for place, spots in groups.items():
             # features first, strongest first, then the rest by kind
@@ -448,12 +446,12 @@ class _Scene:
         by_kind: dict[tuple[str, bool], list[_Spot]] = defaultdict(list)
         for spot in self.spots.values():
             by_kind[spot.node.kind, spot.is_target].append(spot)
-        for kind in _STYLES:
+        for kind in STYLES:
             for is_target in (False, True):
                 spots = by_kind.get((kind, is_target), [])
                 if not spots:
                     continue
-                marker, fill, _ = _STYLES[kind]
+                marker, fill, _ = STYLES[kind]
                 axes.scatter(
                     [s.x for s in spots],
                     [s.y for s in spots],
@@ -508,9 +506,9 @@ class _Scene:
     def _paint_legend(self, axes: Any) -> None:
         handles = [
             Line2D(
-                [], [], linestyle="none", marker=_STYLES[kind][0], markersize=8,
-                markerfacecolor=_STYLES[kind][1], markeredgecolor=_INK, markeredgewidth=0.7,
-                label=_STYLES[kind][2],
+                [], [], linestyle="none", marker=STYLES[kind][0], markersize=8,
+                markerfacecolor=STYLES[kind][1], markeredgecolor=_INK, markeredgewidth=0.7,
+                label=STYLES[kind][2],
             )
             for kind in self.kinds
         ]  # fmt: skip

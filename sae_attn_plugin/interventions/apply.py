@@ -42,6 +42,9 @@ from sae_attn_plugin.interventions.sources import Quantity, Sources, gather, pos
 from sae_attn_plugin.nodes import Feature, Logit, LogitDiff
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from sae_attn_plugin.lens import FeatureLens, Run, UnequalRun
 
 OF_FEATURES = (SetFeature, AblateFeature, ScaleFeature, Steer, AblateError)
@@ -158,6 +161,22 @@ class InterventionResult:
         return [(decode(a.tolist()), decode(b.tolist())) for a, b in zip(old, new, strict=True)]
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def plot(self, position: int = -1, prompt: int = 0, ax: Axes | None = None) -> Figure:
+        """The change of the next token's probabilities.
+
+        Args:
+            position: after which token, negative from the end. prompt: of several, which.
+            ax: axes to draw into. None: a figure of its own, which notebooks show.
+        """
+        from sae_attn_plugin.interventions.show import plot
+
+        return plot(self, position, prompt, ax)
+
+    def _repr_html_(self) -> str:
+        from sae_attn_plugin.interventions.show import as_html
+
+        return as_html(self)
 
     def _changed(self, index: int, least: float) -> pd.DataFrame:
         one = self[index]

@@ -17,6 +17,7 @@ from sae_attn_plugin.nodes import Feature, Logit, LogitDiff, Node, unquote
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.figure import Figure
 
     from sae_attn_plugin.lens import FeatureLens
 
@@ -105,6 +106,38 @@ class Validation:
 
     def __repr__(self) -> str:
         return f"frozen: {self.frozen}\nfree:   {self.free}"
+
+    def plot(self) -> Figure:
+        """Predicted against measured effects of every edge, frozen and free, by kind of source."""
+        from sae_attn_plugin.plots import scatter
+
+        panels = []
+        for name, part in (("all else held", self.frozen), ("everything live", self.free)):
+            frame = part.table
+            predicted, measured = frame["predicted"].to_numpy(), frame["measured"].to_numpy()
+            title = f"{name}: R² {part.r2:.4f}, max error {part.max_error:.1e}"
+            panels.append((title, predicted, measured, frame["kind"].tolist()))
+        return scatter(panels, x="predicted by the edge", y="measured on the model")
+
+    def _repr_html_(self) -> str:
+        from sae_attn_plugin import display
+
+        rows = [("all else held", self.frozen), ("everything live", self.free)]
+        frame = pd.DataFrame(
+            {
+                "": [name for name, _ in rows],
+                "edges": [len(part.table) for _, part in rows],
+                "max error": [f"{part.max_error:.1e}" for _, part in rows],
+                "R²": [part.r2 for _, part in rows],
+                "rank correlation": [part.rank_correlation for _, part in rows],
+                "signs": [f"{part.sign_agreement:.1%}" for _, part in rows],
+            }
+        )
+        return display.card(
+            "Validation",
+            ["each source of an edge removed on the model, against what the edge predicts"],
+            display.table(frame, list(frame)),
+        )
 
 
 def validate(

@@ -118,7 +118,10 @@ def _node(name: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
     }
     row |= {key: attributes[key] for key in _NODE if attributes.get(key) is not None}
     row["influence"] = attributes.get("influence") or 0.0
-    if node.kind in TARGET_KINDS and node.label is not None:
+    if node.kind == "score":
+        followed = f", {node.label} side" if node.label else ""
+        row["title"] = f"head {node.layer}.{node.head}, {node.position} to {node.key}{followed}"
+    elif node.kind in TARGET_KINDS and node.label is not None:
         parts = [part if isinstance(part, str) else f"#{part}" for part in unquote(node.label)]
         row["title"] = " − ".join(f"“{part}”" for part in parts)
     return _rounded(row)

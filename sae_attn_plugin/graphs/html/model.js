@@ -2,23 +2,28 @@
 (function (sag) {
   "use strict";
 
-  const TARGETS = new Set(["logit", "logit_diff", "direction"]);
+  const TARGETS = new Set(["logit", "logit_diff", "direction", "score"]);
 
   /** kind -> [glyph, colour variable, name, name of many]; the order is that of the legend. */
   const KINDS = {
     attn: ["triangle", "attn", "attention feature", "attention features"],
     tc: ["circle", "tc", "transcoder feature", "transcoder features"],
+    mlp_sae: ["circle", "tc", "MLP feature", "MLP features"],
     head: ["hexagon", "head", "head without SAE", "heads without SAE"],
     attn_err: ["cross", "err", "attention error", "attention errors"],
-    tc_err: ["cross", "err", "transcoder error", "transcoder errors"],
+    tc_err: ["cross", "mlp", "transcoder error", "transcoder errors"],
     attn_bias: ["diamond", "bias", "attention bias", "attention biases"],
     tc_bias: ["diamond", "bias", "transcoder bias", "transcoder biases"],
+    mlp_sae_err: ["cross", "mlp", "MLP error", "MLP errors"],
+    mlp_sae_bias: ["diamond", "bias", "MLP bias", "MLP biases"],
+    tc_skip: ["square", "mlp", "transcoder skip", "transcoder skips"],
     mlp: ["square", "mlp", "MLP", "MLPs"],
     embed: ["disc", "embed", "token embedding", "token embeddings"],
     pos: ["pentagon", "pos", "position embedding", "position embeddings"],
     logit: ["star", "target", "logit", "logits"],
     logit_diff: ["star", "target", "logit difference", "logit differences"],
     direction: ["star", "target", "direction", "directions"],
+    score: ["star", "target", "attention score", "attention scores"],
   };
   sag.kind = (kind) => KINDS[kind] || ["square", "bias", kind, kind];
   sag.kindOrder = (kind) => {
@@ -87,7 +92,7 @@
     row(node) {
       if (sag.isTarget(node)) return { order: 1e6, name: "output" };
       if (node.layer === null || node.layer === undefined) return { order: -1, name: "tokens" };
-      const mlp = node.kind === "mlp" || node.kind.startsWith("tc");
+      const mlp = /^(mlp|tc)/.test(node.kind);
       return { order: 2 * node.layer + (mlp ? 1 : 0), name: node.layer + (mlp ? " MLP" : " attn") };
     }
 
@@ -115,8 +120,10 @@
     plainName(node) {
       switch (node.kind) {
         case "attn":
-        case "tc":
           return `Feature ${node.layer} / ${node.feature}`;
+        case "tc":
+        case "mlp_sae":
+          return `MLP feature ${node.layer} / ${node.feature}`;
         case "head":
           return `Head ${node.layer}.${node.head}`;
         case "embed":
@@ -127,6 +134,8 @@
           return `Logit ${sag.shown(node.title || node.id)}`;
         case "logit_diff":
           return `Logit difference ${sag.shown(node.title || node.id)}`;
+        case "score":
+          return `Attention score, ${sag.shown(node.title || node.id)}`;
         case "direction":
           return `Direction ${sag.shown(node.title || node.id)}`;
         default: {
@@ -139,7 +148,7 @@
 
     /** The short mark beside a glyph. */
     mark(node) {
-      if (node.kind === "attn" || node.kind === "tc") {
+      if (node.feature !== undefined && node.feature !== null) {
         return node.label ? sag.short(sag.shown(node.label), 18) : String(node.feature);
       }
       if (node.kind === "head") return `${node.layer}.${node.head}`;
