@@ -178,28 +178,31 @@ class Dictionary:
             mean=mean,
         )
 
-    def encoder(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n ..."]:
-        """Rows ``w_i`` with ``pre_i = w_i . x + c_i``, before normalisation scales; for z split by
-        head.
+    def read(
+        self, features: Int[Tensor, " n"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "n ..."], Float[Tensor, " n"]]:
+        """Rows ``w_i`` and constants ``c_i`` with ``pre_i = w_i . x + c_i``, before normalisation
+        scales; rows of z are split by head. ``c_i`` is what of the pre-activation no input carries.
 
         With ``layer_norm`` the rows are centred, since the mean is linear in the input.
         """
-        rows = self.W_enc[:, features].T.to(dtype)
+        rows = self.W_enc.index_select(1, features).T.to(dtype)
         if self.encoder_scale is not None:
             rows = rows * self.encoder_scale[features, None].to(dtype)
+        constant = self.b_enc[features].to(dtype)
+        if self.b_in is not None:
+            constant = constant - rows @ self.b_in.to(dtype)
         if self.normalisation == "layer_norm":
             rows = rows - rows.mean(-1, keepdim=True)
-        return rows.unflatten(-1, self.input_shape)
+        return rows.unflatten(-1, self.input_shape), constant
+
+    def encoder(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n ..."]:
+        """The rows of :meth:`read` alone."""
+        return self.read(features, dtype)[0]
 
     def constants(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
-        """``c_i``: what of the pre-activation no input carries."""
-        constant = self.b_enc[features].to(dtype)
-        if self.b_in is None:
-            return constant
-        shift = self.b_in.to(dtype) @ self.W_enc[:, features].to(dtype)
-        if self.encoder_scale is not None:
-            shift = shift * self.encoder_scale[features].to(dtype)
-        return constant - shift
+        """The constants of :meth:`read` alone."""
+        return self.read(features, dtype)[1]
 
     def input_scale(self, scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... 1"]:
         """What the frozen normalisation divides the input by."""

@@ -13,8 +13,11 @@ node that is expanded above it. That gradient is carried along in the sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,21 +38,63 @@ from sae_attn_plugin.attribution.readers import (
 from sae_attn_plugin.attribution.writers import WriterTable
 from sae_attn_plugin.nodes import PASSING_KINDS, Feature
 
-# Source positions whose readers are formed together: enough for a good matrix product, few enough
-# that the block stays in cache.
-_BLOCK = 8
+# Targets and source positions whose readers are formed together: enough for good matrix products,
+# few enough that the block stays in cache.
+_TARGETS, _BLOCK = 160, 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Edges from every source to every target of a block.
+
+    Attributes:
+        first: row of the block's first target in the :class:`Flow`; the others follow it.
+        source: ``[source]`` nodes.
+        weight: ``[source, target]``.
+    """
+
+    first: int
+    source: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.weight.shape[1])
+
+    def coo(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``(row, source, weight)``, each ``[edge]``."""
+        n_sources, n_targets = self.weight.shape
+        rows = np.arange(self.first, self.first + n_targets, dtype=np.int32)
+        return np.tile(rows, n_sources), np.repeat(self.source, n_targets), self.weight.ravel()
+
+
+@dataclass(frozen=True, eq=False)
+class Loose:
+    """Single edges: ``row``, ``source`` and ``weight``, each ``[edge]``."""
+
+    row: np.ndarray
+    source: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.row
+
+    def coo(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.row, self.source, self.weight
+
+
+@dataclass(frozen=True, eq=False)
 class Flow:
-    """Edges of a sweep in compressed rows: one row per target.
+    """Edges of a sweep, one row per target.
 
     Nodes ``0 .. len(writers) - 1`` are the writers' rows; roots that are no active writer follow.
 
     Attributes:
         roots: node of each root, in the order given.
         target: ``[row]`` node of each row; depth: ``[row]`` of each target, for the order.
-        start: ``[row + 1]``; source, weight: ``[edge]``.
+        pieces: the edges, those of deeper targets first.
+        in_sum, abs_sum: ``[row]``, the sums of the row's edges and of their absolute values.
         constant, value, dropped: ``[row]``; ``dropped`` sums the edges left out of the row.
         root_weight: ``[node]``, the share of each root in the influence that starts the sweep.
         influence: ``[node]``.
@@ -60,9 +105,9 @@ class Flow:
     roots: tuple[int, ...]
     target: np.ndarray
     depth: np.ndarray
-    start: np.ndarray
-    source: np.ndarray
-    weight: np.ndarray
+    pieces: tuple[Block | Loose, ...]
+    in_sum: np.ndarray
+    abs_sum: np.ndarray
     constant: np.ndarray
     value: np.ndarray
     dropped: np.ndarray
@@ -71,73 +116,126 @@ class Flow:
     passing: np.ndarray | None = None
     directions: np.ndarray | None = None
 
+    @property
+    def n_edges(self) -> int:
+        return sum(piece.weight.size for piece in self.pieces)
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """``[edge]``; ``row`` and ``source`` are the edges' target rows and source nodes."""
+        return _concatenate([piece.weight.ravel() for piece in self.pieces])
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        return _concatenate([piece.coo()[0] for piece in self.pieces])
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        return _concatenate([piece.coo()[1] for piece in self.pieces])
+
+
+def row_sums(pieces: Iterable[Block | Loose], n_rows: int) -> np.ndarray:
+    """``[row]``: the sum of each row's edges, in float64."""
+    sums = np.zeros(n_rows)
+    for piece in pieces:
+        if isinstance(piece, Block):
+            sums[piece.rows] += piece.weight.sum(0, dtype=np.float64)
+        else:
+            sums += np.bincount(piece.row, piece.weight, n_rows)
+    return sums
+
+
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
 
 @dataclass
 class _Rows:
-    """Edges of the targets done so far."""
+    """Rows of the targets done so far, on the device; they leave it once, at the end."""
 
     target: list[np.ndarray] = field(default_factory=list)
     depth: list[np.ndarray] = field(default_factory=list)
-    count: list[np.ndarray] = field(default_factory=list)
-    source: list[np.ndarray] = field(default_factory=list)
-    weight: list[np.ndarray] = field(default_factory=list)
-    constant: list[np.ndarray] = field(default_factory=list)
-    value: list[np.ndarray] = field(default_factory=list)
-    dropped: list[np.ndarray] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    pieces: list[tuple[int, np.ndarray, Tensor | None, Tensor]] = field(default_factory=list)
+    n_rows: int = 0
 
     def add(
-        self,
-        target: np.ndarray,
-        depth: int,
-        columns: np.ndarray,
-        weights: Tensor,
-        constant: Tensor,
-        value: Tensor,
-        keep: int | None,
+        self, target: np.ndarray, depth: int, blocks: list[_Dense], sums: Tensor, keep: int | None
     ) -> None:
-        """``weights [target, column]``, every column a source of every one of these targets."""
-        n_rows, n_columns = weights.shape
-        dropped = np.zeros(n_rows)
-        if keep is not None and keep < n_columns:
-            best = weights.abs().topk(keep, dim=1).indices.sort(dim=1).values
-            kept = weights.gather(1, best)
-            dropped = (weights.double().sum(1) - kept.double().sum(1)).numpy(force=True)
-            source, weights, n_columns = columns[best.numpy(force=True)].ravel(), kept, keep
+        """The rows of some targets.
+
+        Args:
+            blocks: their edges.
+            sums: ``[3, target]``: abs_sum, constant, value.
+            keep: how many of the strongest edges of each target are kept; None: all.
+        """
+        dropped = torch.zeros_like(sums[:1])
+        if keep is not None and keep < sum(len(block.columns) for block in blocks):
+            columns = np.concatenate([block.columns for block in blocks])
+            dense = torch.cat([_widen(block, sums.shape[1]) for block in blocks]).T
+            best = dense.abs().topk(keep, dim=1).indices.sort(dim=1).values
+            kept = dense.gather(1, best)
+            dropped = (dense.sum(1, dtype=torch.float64) - kept.sum(1, dtype=torch.float64))[None]
+            sums = torch.cat([kept.abs().sum(1, dtype=torch.float64)[None], sums[1:]])
+            self.pieces.append((self.n_rows, columns, best, kept))
         else:
-            source = np.tile(columns, n_rows)
+            for block in blocks:
+                self.pieces.append((self.n_rows + block.begin, block.columns, None, block.weight))
         self.target.append(target)
-        self.depth.append(np.full(n_rows, depth, dtype=np.int32))
-        self.count.append(np.full(n_rows, n_columns, dtype=np.int64))
-        self.source.append(source)
-        self.weight.append(weights.reshape(-1).numpy(force=True))
-        self.constant.append(constant.double().numpy(force=True))
-        self.value.append(value.double().numpy(force=True))
-        self.dropped.append(dropped)
+        self.depth.append(np.full(len(target), depth, dtype=np.int32))
+        self.sums.append(torch.cat([sums, dropped]))
+        self.n_rows += len(target)
 
     def finish(
         self,
         roots: Sequence[int],
         root_weight: np.ndarray,
-        influence: np.ndarray,
+        influence: Tensor,
         directions: Mapping[int, Tensor],
     ) -> Flow:
+        """Everything to the host."""
+        pieces: list[Block | Loose] = []
+        for first, columns, best, edges in self.pieces:
+            weight = edges.numpy(force=True)
+            if best is None:
+                pieces.append(Block(first, columns, weight))
+                continue
+            row = np.arange(first, first + len(weight), dtype=np.int32).repeat(weight.shape[1])
+            source = columns[best.numpy(force=True)].ravel()
+            live = weight.ravel() != 0  # a target sees fewer sources than the widest of its batch
+            pieces.append(Loose(row[live], source[live], weight.ravel()[live]))
+        sums = torch.cat(self.sums, dim=1).numpy(force=True)
         return Flow(
             roots=tuple(roots),
             target=np.concatenate(self.target),
             depth=np.concatenate(self.depth),
-            start=np.concatenate([[0], np.cumsum(np.concatenate(self.count))]),
-            source=np.concatenate(self.source),
-            weight=np.concatenate(self.weight),
-            constant=np.concatenate(self.constant),
-            value=np.concatenate(self.value),
-            dropped=np.concatenate(self.dropped),
+            pieces=tuple(pieces),
+            in_sum=row_sums(pieces, self.n_rows),
+            abs_sum=sums[0],
+            constant=sums[1],
+            value=sums[2],
+            dropped=sums[3],
             root_weight=root_weight,
-            influence=influence,
+            influence=influence.numpy(force=True),
             passing=np.array(list(directions), dtype=np.int64) if directions else None,
             directions=torch.stack(list(directions.values())).numpy(force=True)
             if directions
             else None,
         )
+
+
+class _Dense(NamedTuple):
+    """Edges of a batch of targets from some writers, all of which the targets from ``begin`` on
+    see. ``weight [column, target]``."""
+
+    begin: int
+    columns: np.ndarray
+    weight: Tensor
+
+
+def _widen(block: _Dense, n_targets: int) -> Tensor:
+    """``[column, target]`` with zeros for the targets that do not see the block."""
+    return torch.nn.functional.pad(block.weight, (n_targets - block.weight.shape[1], 0))
 
 
 @dataclass
@@ -159,6 +257,18 @@ class _Sweep:
     keep: int | None
     memory_budget: int
     directions: dict[int, Tensor] = field(default_factory=dict)
+
+    def finish(self, nodes: np.ndarray, depth: int, blocks: list[_Dense], own: Tensor) -> None:
+        """Keep the rows of some targets, and hand their influence to their sources.
+
+        Args:
+            own: ``[2, target]``: constant and value.
+        """
+        total = _abs_sums(blocks, len(nodes))
+        at = torch.from_numpy(nodes).to(self.influence.device)
+        _push(self.influence, blocks, total, self.influence[at] + self.start[at])
+        sums = torch.cat([total[None], own.double()])
+        self.rows.add(nodes, depth, blocks, sums, self.keep)
 
     def add(self, added: Tensor | None) -> None:
         """Add to the gradient."""
@@ -253,8 +363,8 @@ def sweep(
         if isinstance(root, StreamReader):
             readers = LocalReaders(
                 root.vector[None],
-                torch.tensor([root.constant], dtype=torch.float64),
-                torch.tensor([root.value], dtype=torch.float64),
+                torch.tensor([root.constant], dtype=torch.float64, device=device),
+                torch.tensor([root.value], dtype=torch.float64, device=device),
                 centred=True,
             )
             at = np.array([root.position])
@@ -264,17 +374,10 @@ def sweep(
             state.add(_expand_local(state, depth, one, at, lambda _, r=readers: r, prefix))
         elif isinstance(root, ScoreReader):
             columns, weights = root.edges(writers)
-            state.rows.add(
-                np.array([number]),
-                2 * n_layers + 1,  # a root, which nothing reads
-                columns,
-                weights[None],
-                torch.tensor([root.constant], dtype=torch.float64),
-                torch.tensor([root.value], dtype=torch.float64),
-                edges_per_target,
-            )
-            at = torch.from_numpy(columns).to(device)
-            _push(state.influence, at, weights[None], state.start[number : number + 1])
+            own = torch.tensor([[root.constant], [root.value]], dtype=torch.float64, device=device)
+            blocks = [_Dense(0, columns, weights[:, None])]
+            # a root, which nothing reads
+            state.finish(np.array([number]), 2 * n_layers + 1, blocks, own)
 
     remaining, waiting = node_budget, torch.zeros(())
     for depth in range(2 * n_layers, 0, -1):
@@ -308,9 +411,7 @@ def sweep(
                 state.gradient = state.gradient + waiting
         if progress is not None and not of_mlp:
             progress(layer)
-    return state.rows.finish(
-        numbers, root_weight, state.influence.numpy(force=True), state.directions
-    )
+    return state.rows.finish(numbers, root_weight, state.influence, state.directions)
 
 
 def _number_roots(
@@ -364,11 +465,22 @@ def _select(
     return np.sort(pending[order[order < len(rows)]])
 
 
-def _push(influence: Tensor, columns: Tensor, weights: Tensor, target_influence: Tensor) -> None:
+def _abs_sums(blocks: Sequence[_Dense], n_targets: int) -> Tensor:
+    """Sum of the absolute values of each target's edges, ``[target]``."""
+    sums = torch.zeros(n_targets, dtype=torch.float64, device=blocks[0].weight.device)
+    for block in blocks:
+        sums[block.begin :] += block.weight.abs().sum(0)
+    return sums
+
+
+def _push(
+    influence: Tensor, blocks: Sequence[_Dense], total: Tensor, target_influence: Tensor
+) -> None:
     """Hand each target's influence to its sources, in proportion to |edge|."""
-    total = weights.abs().sum(1)
-    factor = torch.where(total > 0, target_influence.to(total.dtype) / total, 0)
-    influence.index_add_(0, columns, (factor @ weights.abs()).double())
+    factor = torch.where(total > 0, target_influence / total, 0).to(blocks[0].weight.dtype)
+    for block in blocks:
+        columns = torch.from_numpy(block.columns).to(influence.device)
+        influence.index_add_(0, columns, (block.weight.abs() @ factor[block.begin :]).double())
 
 
 def _expand_attention(
@@ -462,22 +574,18 @@ def _expand_local(
             added.index_add_(
                 0, torch.from_numpy(at).to(device), vectors * slope[piece, None].to(vectors)
             )
+        own = torch.stack([readers.constant, readers.value])
         for q in np.unique(at):
             a, b = np.searchsorted(at, [q, q + 1])
             columns = _upstream(writers, prefix, int(q))
             if not len(columns):
                 continue
             inside = slice(int(columns[0]), int(columns[-1]) + 1)
-            weights = readers.vectors[a:b] @ writers.vectors[inside].T
+            weights = writers.vectors[inside] @ readers.vectors[a:b].T
             if not readers.centred and writers.means is not None:
-                weights = weights + readers.vectors[a:b].sum(-1)[:, None] * writers.means[inside]
-            numbers = nodes[piece][a:b]
-            at_nodes = torch.from_numpy(numbers).to(device)
-            index = torch.from_numpy(columns).to(device)
-            strength = state.influence[at_nodes] + state.start[at_nodes]
-            _push(state.influence, index, weights, strength)
-            constant, value = readers.constant[a:b], readers.value[a:b]
-            state.rows.add(numbers, depth, columns, weights, constant, value, state.keep)
+                weights = weights + writers.means[inside, None] * readers.vectors[a:b].sum(-1)
+            blocks = [_Dense(0, columns, weights)]
+            state.finish(nodes[piece][a:b], depth, blocks, own[:, a:b])
     return added
 
 
@@ -497,53 +605,77 @@ def _expand(
 ) -> Tensor | None:
     """In-edges of targets of attention of one layer, sorted by position; returns what they add to
     the gradient."""
-    run, writers, device = state.run, state.writers, state.influence.device
+    run, writers = state.run, state.writers
     prefix = writers.prefix(layer)
     offsets = np.concatenate([[0], np.cumsum(prefix)])
     columns = np.concatenate([_upstream(writers, prefix, p) for p in range(run.n_positions)])
-    column_index = torch.from_numpy(columns).to(device)
     slope = state.slope(nodes)
     added = None if state.gradient is None else torch.zeros_like(state.gradient)
     d_model, n_heads = writers.vectors.shape[1], run.layers[layer].z.shape[1]
-    # per target: its edges and their absolute values, its readers, their block
-    per_target = run.embed.element_size() * (2 * len(columns) + (n_heads + _BLOCK) * d_model)
-    chunk = max(1, state.memory_budget // per_target)
+    # per target: its edges, their absolute values or the strongest of them, its readers, its block
+    copies = 2 if state.keep is None else 6
+    per_target = run.embed.element_size() * (
+        copies * len(columns) + (n_heads + min(_BLOCK, run.n_positions)) * d_model
+    )
+    chunk = min(_TARGETS, max(1, state.memory_budget // per_target))
     for first in range(0, len(nodes), chunk):
         piece = slice(first, first + chunk)
-        at = position[piece]
         readers = make_readers(piece)
-        heads = readers.heads[readers.row]
-        last = int(offsets[at[-1] + 1])
-        weights = torch.zeros(len(at), last, dtype=run.dtype, device=device)
-        for low in range(0, int(at[-1]) + 1, _BLOCK):
-            high = min(low + _BLOCK, int(at[-1]) + 1)
-            begin = int(np.searchsorted(at, low))  # earlier targets cannot see this block
-            block = torch.bmm(readers.weights[begin:, :, low:high].transpose(1, 2), heads[begin:])
-            if added is not None and slope is not None:
-                added[low:high] += torch.einsum("t,tpd->pd", slope[piece][begin:].to(block), block)
-            for p in range(low, high):
-                y = writers.vectors[writers.starts[p] : writers.starts[p] + prefix[p]]
-                out = weights[begin:, offsets[p] : offsets[p + 1]]
-                torch.matmul(block[:, p - low], y.T, out=out)
-        numbers = nodes[piece]
-        at_nodes = torch.from_numpy(numbers).to(device)
-        strength = state.influence[at_nodes] + state.start[at_nodes]
-        _push(state.influence, column_index[:last], weights, strength)
-        for q in np.unique(at):
-            a, b = np.searchsorted(at, [q, q + 1])
-            width = int(offsets[q + 1])
-            state.rows.add(
-                numbers[a:b],
-                2 * layer + 1,
-                columns[:width],
-                weights[a:b, :width],
-                readers.constant[a:b],
-                readers.value[a:b],
-                state.keep,
-            )
+        sloped = None if slope is None else slope[piece]
+        blocks = _contract(
+            readers, position[piece], writers, prefix, offsets, columns, sloped, added
+        )
+        own = torch.stack([readers.constant, readers.value])
+        state.finish(nodes[piece], 2 * layer + 1, blocks, own)
     if added is not None and writers.means is not None:  # attention reads the centred stream
         added -= added.mean(-1, keepdim=True)
     return added
+
+
+def _contract(
+    readers: FeatureReaders,
+    at: np.ndarray,
+    writers: WriterTable,
+    prefix: np.ndarray,
+    offsets: np.ndarray,
+    columns: np.ndarray,
+    slope: Tensor | None,
+    added: Tensor | None,
+) -> list[_Dense]:
+    """Edges of a batch of targets at positions ``at`` (sorted), over the causal half only.
+
+    ``added [position, d_model]`` is given the sum of the readers, times their ``slope [target]``.
+    """
+    heads, n_targets = readers.heads, len(at)
+    n_sources = int(at[-1]) + 1
+    begins = np.searchsorted(at, np.arange(n_sources))  # earlier targets do not see the position
+    ends = np.concatenate([[0], np.cumsum(prefix[:n_sources] * (n_targets - begins))])
+    flat = torch.empty(int(ends[-1]), dtype=heads.dtype, device=heads.device)
+    pieces = [
+        flat[ends[p] : ends[p + 1]].view(int(prefix[p]), n_targets - int(begins[p]))
+        for p in range(n_sources)
+    ]
+    for low in range(0, n_sources, _BLOCK):
+        high, begin = min(low + _BLOCK, n_sources), int(begins[low])
+        block = heads.new_empty(high - low, n_targets - begin, heads.shape[2])
+        factor = readers.weights[begin:, :, low:high].transpose(1, 2)
+        torch.bmm(factor, heads[begin:], out=block.transpose(0, 1))
+        if added is not None and slope is not None:
+            added[low:high] += torch.einsum("t,ptd->pd", slope[begin:].to(block), block)
+        for p in range(low, high):
+            first = int(writers.starts[p])
+            y = writers.vectors[first : first + int(prefix[p])]
+            torch.mm(y, block[p - low, int(begins[p]) - begin :].T, out=pieces[p])
+    # neighbouring positions that the same targets see are one block
+    bounds = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), n_sources]
+    return [
+        _Dense(
+            int(begins[a]),
+            columns[offsets[a] : offsets[b]],
+            flat[ends[a] : ends[b]].view(-1, n_targets - int(begins[a])),
+        )
+        for a, b in itertools.pairwise(bounds)
+    ]
 
 
 def edges_by_head(
@@ -573,7 +705,7 @@ def edges_by_head(
         )
         rows = torch.from_numpy(source[piece].astype(np.int64)).to(device)
         at = torch.from_numpy(writers.position[source[piece]].astype(np.int64)).to(device)
-        dots = torch.einsum("ed,ehd->eh", writers.vectors[rows], readers.heads[readers.row])
+        dots = torch.einsum("ed,ehd->eh", writers.vectors[rows], readers.heads)
         factor = readers.weights[torch.arange(len(rows), device=device), :, at]
         result.append((dots * factor).numpy(force=True))
     return np.concatenate(result) if result else np.zeros((0, n_heads))

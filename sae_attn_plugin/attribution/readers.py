@@ -22,16 +22,14 @@ class FeatureReaders:
     """Readers of many features of one layer.
 
     Attributes:
-        heads: ``[unique, head, d_model]``: ``gamma * (W_V^h w_h)``, one row per distinct feature.
-        row: ``[target]`` into ``heads``.
+        heads: ``[target, head, d_model]``: ``gamma * (W_V^h w_h)``.
         position: ``[target]`` query positions.
         weights: ``[target, head, source]``: pattern / norm scale (and / SAE input scale).
         constant: ``[target]``: encoder bias, ``-b_dec . w``, value bias, norm bias.
         value: ``[target]``: the pre-activations, from z itself.
     """
 
-    heads: Float[Tensor, "unique head d_model"]
-    row: Int[Tensor, " target"]
+    heads: Float[Tensor, "target head d_model"]
     position: Int[Tensor, " target"]
     weights: Float[Tensor, "target head source"]
     constant: Float[Tensor, " target"]
@@ -47,9 +45,13 @@ def feature_readers(
     assert encoded is not None
     dtype = layer.z.dtype
     unique, row = features.unique(return_inverse=True)
-    encoder = dictionary.encoder(unique, dtype)
+    encoder, c = dictionary.read(unique, dtype)
+    c = c[row]
+    # Sharing one product among the targets of a feature pays only where it has many.
+    shared = 2 * len(unique) < len(features)
+    if not shared:
+        encoder, row = encoder[row], torch.arange(len(features), device=row.device)
     input_scale = dictionary.input_scale(encoded.scale)[positions, 0]
-    c = dictionary.constants(unique, dtype)[row]
     if dictionary.reads == "attn_out":
         assert layer.attn_out is not None
         value = c + (encoder[row] * layer.attn_out[positions]).sum(-1) / input_scale
@@ -63,13 +65,14 @@ def feature_readers(
     else:
         value = c + (encoder[row] * layer.z[positions]).sum((-2, -1)) / input_scale
     heads, value_bias = _through_values(layer, encoder)
+    if shared:
+        heads, value_bias = heads[row], value_bias[row]
     pattern = layer.pattern[:, positions].transpose(0, 1) / input_scale[:, None, None]
     return FeatureReaders(
         heads=heads,
-        row=row,
         position=positions,
         weights=pattern / layer.scale[:, 0],
-        constant=c + (pattern.sum(-1) * value_bias[row]).sum(-1),
+        constant=c + (pattern.sum(-1) * value_bias).sum(-1),
         value=value,
     )
 
@@ -79,16 +82,16 @@ def _through_values(
 ) -> tuple[Float[Tensor, "unique head d_model"], Float[Tensor, "unique head"]]:
     """Functionals of z as functionals of the residual stream, and what the biases give them."""
     weights, n_heads = layer.weights, encoder.shape[1]
-    groups = _groups(layer)
+    groups, per_group = _groups(layer), n_heads // weights.W_V.shape[0]
     heads = torch.empty(
         len(encoder), n_heads, weights.W_V.shape[1], dtype=encoder.dtype, device=encoder.device
     )
-    for head, group in enumerate(groups.tolist()):
-        torch.matmul(encoder[:, head], weights.W_V[group].T, out=heads[:, head])
-    value_bias = torch.einsum("uhe,he->uh", encoder, weights.b_V[groups])
-    norm = weights.norm
+    for head in range(n_heads):
+        torch.matmul(encoder[:, head], weights.W_V[head // per_group].T, out=heads[:, head])
+    norm, bias = weights.norm, weights.b_V
     if norm.bias is not None:
-        value_bias = value_bias + heads @ norm.bias
+        bias = bias + norm.bias @ weights.W_V
+    value_bias = (encoder * bias[groups]).sum(-1)
     if norm.weight is not None:
         heads *= norm.weight
     return heads, value_bias
@@ -120,7 +123,6 @@ def head_readers(
     pattern = layer.pattern[heads, positions][:, None]
     return FeatureReaders(
         heads=vector[:, None],
-        row=torch.arange(len(heads), device=heads.device),
         position=positions,
         weights=pattern / layer.scale[:, 0],
         constant=pattern.sum((-2, -1)) * bias,
@@ -154,9 +156,8 @@ def mlp_feature_readers(
     assert dictionary is not None
     assert encoded is not None
     dtype = mlp.out.dtype
-    rows = dictionary.encoder(features, dtype)
+    rows, c = dictionary.read(features, dtype)
     rows = rows / dictionary.input_scale(encoded.scale)[positions]
-    c = dictionary.constants(features, dtype)
     value = c + (rows * mlp.read(dictionary)[positions]).sum(-1)
     if dictionary.kind == "tc":
         return _through_input(mlp, dictionary.reads, rows, positions, c, value)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from sae_attn_plugin.attribution.rdfa import Flow
-from sae_attn_plugin.attribution.writers import WriterTable
+from sae_attn_plugin.attribution.rdfa import Block, Flow, Loose, row_sums
+from sae_attn_plugin.attribution.writers import KINDS, WriterTable
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.nodes import FEATURE_KINDS, Node
 
@@ -51,7 +51,7 @@ class Attribution:
     def __repr__(self) -> str:
         targets = ", ".join(map(str, self.roots.values()))
         return (
-            f"Attribution of {targets}: {len(self._numbers)} nodes, {len(self.flow.weight)} edges, "
+            f"Attribution of {targets}: {len(self._numbers)} nodes, {self.flow.n_edges} edges, "
             f"worst ledger residual {self.worst_residual:.1e}"
         )
 
@@ -60,13 +60,51 @@ class Attribution:
     @cached_property
     def _numbers(self) -> np.ndarray:
         """Node numbers present, in the order of the table: targets first, then writers."""
-        present = np.unique(np.concatenate([self.flow.target, self.flow.source]))
-        is_root = np.isin(present, list(self.roots))
-        return np.concatenate([present[is_root], present[~is_root]])
+        present = np.zeros(len(self.flow.influence), dtype=bool)
+        present[self.flow.target] = True
+        for piece in self.flow.pieces:
+            present[piece.source] = True
+        roots = np.sort(np.fromiter(self.roots, dtype=np.int64))
+        present[roots] = False
+        return np.concatenate([roots, np.flatnonzero(present)])
 
     @cached_property
-    def _ids(self) -> dict[int, str]:
-        return {int(n): str(self._node(int(n))) for n in self._numbers}
+    def _ids(self) -> pd.Index:
+        """Ids of the nodes in ``_numbers``."""
+        numbers = self._numbers.tolist()
+        return pd.Index([str(self._node(number)) for number in numbers], name="node")
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """``[node]``: place of each node in ``_numbers``, -1 where it is not there."""
+        places = np.full(len(self.flow.influence), -1, dtype=np.int32)
+        places[self._numbers] = np.arange(len(self._numbers))
+        return places
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        """What the writer table says of each node; the roots' own values in their places."""
+        writers, numbers = self.writers, self._numbers
+        is_writer = numbers < len(writers)
+        row = np.where(is_writer, numbers, 0)
+        kind = np.array(KINDS, dtype=object)[writers.kind[row]]
+        index = writers.index[row].astype(np.int64)
+        columns = {
+            "kind": kind,
+            "layer": writers.layer[row].astype(np.int64),
+            "feature": np.where(np.isin(kind, FEATURE_KINDS), index, -1),
+            "head": np.where(kind == "head", index, -1),
+            "position": writers.position[row].astype(np.int64),
+            "activation": np.where(is_writer, writers.activation[row], np.nan),
+            "pre_activation": np.where(is_writer, writers.pre_activation[row], np.nan),
+        }
+        for place, number in enumerate(numbers[: len(self.roots)].tolist()):
+            node = self.roots[number]
+            columns["kind"][place], columns["position"][place] = node.kind, node.position
+            for name in ("layer", "feature", "head"):
+                value = getattr(node, name)
+                columns[name][place] = -1 if value is None else value
+        return columns
 
     def _node(self, number: int) -> Node:
         return self.roots[number] if number in self.roots else self.writers.node(number)
@@ -78,66 +116,81 @@ class Attribution:
         ``constant``, ``pre_activation`` (value for logits) and ``pruned_in`` stand on targets;
         ``expanded`` tells whether a node has its own in-edges here.
         """
-        nodes = [self._node(int(number)) for number in self._numbers]
-        inside = np.where(self._numbers < len(self.writers), self._numbers, 0)
-        writer = self._numbers < len(self.writers)
-        ledger = self._ledger_by_number
-        numbers = [int(number) for number in self._numbers]
-        nan = float("nan")
-        row = {n: ledger.get(n, (nan, nan, nan, nan)) for n in numbers}
-        pre = np.where(writer, self.writers.pre_activation[inside], nan)
-        return pd.DataFrame(
-            {
-                "kind": [node.kind for node in nodes],
-                "layer": pd.array([node.layer for node in nodes], dtype="Int64"),
-                "position": [node.position for node in nodes],
-                "token": [self.tokens[node.position] for node in nodes],
-                "feature": pd.array([node.feature for node in nodes], dtype="Int64"),
-                "head": pd.array([node.head for node in nodes], dtype="Int64"),
-                "activation": np.where(writer, self.writers.activation[inside], nan),
-                "pre_activation": [
-                    row[n][3] if n in ledger else p for n, p in zip(numbers, pre, strict=True)
-                ],
-                "constant": [row[n][1] for n in numbers],
-                "pruned_in": [row[n][2] for n in numbers],
-                "influence": self.flow.influence[self._numbers]
-                + self.flow.root_weight[self._numbers],
-                "expanded": [n in ledger for n in numbers],
-                "probability": [self.probabilities.get(n, nan) for n in numbers],
-                "neuronpedia": [self._neuronpedia_url(node) for node in nodes],
-            },
-            index=pd.Index([self._ids[n] for n in numbers], name="node"),
-        )
+        flow, numbers, columns = self.flow, self._numbers, self._columns
+        rows = self._places[flow.target]
 
-    def _neuronpedia_url(self, node: Node) -> str | None:
-        base = None if node.layer is None else self.neuronpedia.get((node.kind, node.layer))
-        return f"{base}/{node.feature}" if base and node.kind in FEATURE_KINDS else None
+        def on_targets(values: np.ndarray, others: float | np.ndarray = np.nan) -> np.ndarray:
+            column = np.broadcast_to(np.asarray(others), len(numbers)).astype(values.dtype)
+            column[rows] = values
+            return column
+
+        tokens = np.array(self.tokens, dtype=object)
+        frame = pd.DataFrame(
+            {
+                "kind": columns["kind"],
+                "layer": _optional(columns["layer"]),
+                "position": columns["position"],
+                "token": tokens[columns["position"]],
+                "feature": _optional(columns["feature"]),
+                "head": _optional(columns["head"]),
+                "activation": columns["activation"],
+                "pre_activation": on_targets(flow.value, columns["pre_activation"]),
+                "constant": on_targets(flow.constant),
+                "pruned_in": on_targets(flow.dropped),
+                "influence": (flow.influence + flow.root_weight)[numbers],
+                "expanded": on_targets(np.ones(len(rows), dtype=bool), False),
+                "probability": pd.Series(self.probabilities, dtype=float)
+                .reindex(numbers)
+                .to_numpy(),
+                "neuronpedia": None,
+            },
+            index=self._ids,
+        )
+        for (of, number), base in self.neuronpedia.items():
+            at = (columns["kind"] == of) & (columns["layer"] == number)
+            frame.loc[at, "neuronpedia"] = [f"{base}/{i}" for i in columns["feature"][at]]
+        return frame
 
     @cached_property
     def edges(self) -> pd.DataFrame:
         """One row per edge: ``source``, ``target``, ``weight`` (signed contribution to the target's
         pre-activation or logit), ``share`` (|weight| over the target's in-edges, pruned ones left
         out)."""
-        codes = np.full(len(self.flow.influence), -1, dtype=np.int64)
-        codes[self._numbers] = np.arange(len(self._numbers))
-        ids = pd.Index([self._ids[int(n)] for n in self._numbers])
-        live = self.flow.weight != 0
-        target = np.repeat(self.flow.target, np.diff(self.flow.start))
-        return pd.DataFrame(
-            {
-                "source": pd.Categorical.from_codes(codes[self.flow.source[live]], categories=ids),
-                "target": pd.Categorical.from_codes(codes[target[live]], categories=ids),
-                "weight": self.flow.weight[live],
-                "share": _shares(self.flow)[live],
-            }
-        )
+        flow, scale = self.flow, _scale(self.flow)
+        codes = self._places.astype(np.min_scalar_type(-len(self._numbers)))
+        counts = [np.count_nonzero(piece.weight) for piece in flow.pieces]
+        size, dtype = sum(counts), flow.pieces[0].weight.dtype
+        ends = {name: np.empty(size, codes.dtype) for name in ("source", "target")}
+        weight, share = np.empty(size, dtype), np.empty(size, dtype)
+        done = 0
+        for piece, count in zip(flow.pieces, counts, strict=True):
+            part = slice(done, done + count)
+            done = part.stop
+            source, target = codes[piece.source], codes[flow.target[piece.rows]]
+            if isinstance(piece, Block):
+                source = source[:, None]
+            live = slice(None) if count == piece.weight.size else piece.weight != 0
+            for out, values in (
+                (ends["source"], source),
+                (ends["target"], target),
+                (weight, piece.weight),
+                (share, np.abs(piece.weight) * scale[piece.rows]),
+            ):
+                out[part] = np.broadcast_to(values, piece.weight.shape)[live].ravel()
+        ids = pd.CategoricalDtype(self._ids)
+        columns: dict[str, Any] = {
+            name: pd.Categorical.from_codes(values, dtype=ids, validate=False)
+            for name, values in ends.items()
+        }
+        return pd.DataFrame({**columns, "weight": weight, "share": share}, copy=False)
 
     def edges_by_head(self) -> pd.DataFrame:
         """Edges into attention features with one row per head; they sum to the edge. ``head`` is
         missing on edges into logits, scores and MLPs, which pass through no head's values."""
         frame = self.edges
-        target = np.repeat(self.flow.target, np.diff(self.flow.start))[self.flow.weight != 0]
-        source = self.flow.source[self.flow.weight != 0]
+        live = self.flow.weight != 0
+        target = self.flow.target[self.flow.row[live]]
+        source = self.flow.source[live]
         parsed = {int(n): self._node(int(n)) for n in self.flow.target}
         kinds = np.array([parsed[int(n)].kind for n in target], dtype=object)
         layer = np.array(
@@ -164,39 +217,23 @@ class Attribution:
         return result.reindex(columns=["source", "target", "head", "weight"])
 
     @cached_property
-    def _ledger_by_number(self) -> dict[int, tuple[float, float, float, float]]:
-        flow = self.flow
-        return {
-            int(number): (in_sum, constant, dropped, value)
-            for number, in_sum, constant, dropped, value in zip(
-                flow.target,
-                _row_sums(flow, flow.weight),
-                flow.constant,
-                flow.dropped,
-                flow.value,
-                strict=True,
-            )
-        }
-
-    @cached_property
     def ledger(self) -> pd.DataFrame:
         """Per target: ``in_sum`` of the edges here, ``constant``, ``pruned`` (edges left out),
         ``value`` as the model computes it, ``residual`` (what the sum misses) and
         ``relative_residual`` (over the sum of |edges| + |constant|)."""
         flow = self.flow
-        in_sum = _row_sums(flow, flow.weight)
-        residual = flow.value - in_sum - flow.constant - flow.dropped
-        size = _row_sums(flow, np.abs(flow.weight)) + np.abs(flow.constant) + np.abs(flow.dropped)
+        residual = flow.value - flow.in_sum - flow.constant - flow.dropped
+        size = flow.abs_sum + np.abs(flow.constant) + np.abs(flow.dropped)
         return pd.DataFrame(
             {
-                "in_sum": in_sum,
+                "in_sum": flow.in_sum,
                 "constant": flow.constant,
                 "pruned": flow.dropped,
                 "value": flow.value,
                 "residual": residual,
                 "relative_residual": np.abs(residual) / np.maximum(size, 1e-30),
             },
-            index=pd.Index([self._ids[int(n)] for n in flow.target], name="target"),
+            index=self._ids[self._places[flow.target]].rename("target"),
         )
 
     @property
@@ -241,25 +278,25 @@ class Attribution:
         flow = self.flow
         is_root = np.zeros(len(flow.influence), dtype=bool)
         is_root[list(self.roots)] = True
-        influence = _influence(flow, np.ones(len(flow.weight), dtype=bool))
-        keep_node = is_root | _top_share(np.where(is_root, 0, influence), nodes, max_nodes)
-        target = np.repeat(flow.target, np.diff(flow.start))
-        keep = keep_node[flow.source] & keep_node[target] & (flow.weight != 0)
-        score = _edge_scores(flow, keep)
-        keep &= _top_share(np.where(keep, score, 0), edges, None)
+        keep_node = is_root | _top_share(np.where(is_root, 0, _influence(flow)), nodes, max_nodes)
+        inner = _between(flow, keep_node)
+        keep = _top_share(_edge_scores(inner), edges, None)
+        row, source = inner.row[keep], inner.source[keep]
+        target = flow.target[row]
         expanded = np.zeros(len(flow.influence), dtype=bool)
         expanded[flow.target] = True
         while True:
             has_in = np.zeros(len(flow.influence), dtype=bool)
-            has_in[target[keep]] = True
+            has_in[target] = True
             has_out = np.zeros(len(flow.influence), dtype=bool)
-            has_out[flow.source[keep]] = True
+            has_out[source] = True
             alive = (has_out | is_root) & (has_in | ~expanded | is_root)
-            still = keep & alive[flow.source] & alive[target]
-            if still.sum() == keep.sum():
+            still = alive[source] & alive[target]
+            if still.all():
                 break
-            keep = still
-        return replace(self, flow=_subset(flow, keep, alive | is_root))
+            keep[np.flatnonzero(keep)[~still]] = False
+            row, source, target = row[still], source[still], target[still]
+        return replace(self, flow=_subset(inner, keep, alive | is_root))
 
     # -- graphs ----------------------------------------------------------------------------------
 
@@ -335,73 +372,118 @@ class Attribution:
         )  # fmt: skip
 
 
-# -- arithmetic on compressed rows ---------------------------------------------------------------
+def _optional(values: np.ndarray) -> pd.api.extensions.ExtensionArray:
+    """Integers with ``<NA>`` where they are negative."""
+    return pd.arrays.IntegerArray(values, values < 0)
 
 
-def _row_sums(flow: Flow, values: np.ndarray) -> np.ndarray:
-    """Sum of each row's values, in float64."""
-    filled = np.diff(flow.start) > 0  # reduceat gives a row without edges its neighbour's value
-    sums = np.zeros(len(filled))
-    if filled.any():
-        sums[filled] = np.add.reduceat(values, flow.start[:-1][filled], dtype=np.float64)
-    return sums
+# -- arithmetic on the edges of a flow -----------------------------------------------------------
 
 
-def _shares(flow: Flow) -> np.ndarray:
-    total = _row_sums(flow, np.abs(flow.weight))
-    return np.abs(flow.weight) / np.repeat(np.maximum(total, 1e-300), np.diff(flow.start))
+def _scale(flow: Flow) -> np.ndarray:
+    """``[row]``: what turns |weight| into a share of the row, in the dtype of the edges."""
+    dtype = flow.pieces[0].weight.dtype
+    scale = np.zeros(len(flow.target), dtype)
+    np.divide(
+        1, flow.abs_sum, out=scale, where=flow.abs_sum > np.finfo(dtype).tiny, casting="same_kind"
+    )
+    return scale
 
 
-def _influence(flow: Flow, keep: np.ndarray) -> np.ndarray:
-    """Influence of every node on the roots, through the kept edges; shares over all in-edges."""
-    share = np.where(keep, _shares(flow), 0)
+def _influence(flow: Flow) -> np.ndarray:
+    """Influence of every node on the roots through the flow's edges."""
     influence = np.zeros(len(flow.influence))
-    for depth in np.unique(flow.depth)[::-1]:
-        rows = np.flatnonzero(flow.depth == depth)
-        first, last = rows[0], rows[-1] + 1  # rows of a depth are contiguous
-        edges = slice(flow.start[first], flow.start[last])
-        node = flow.target[first:last]
-        counts = np.diff(flow.start[first : last + 1])
-        passed = np.repeat(influence[node] + flow.root_weight[node], counts) * share[edges]
-        influence += np.bincount(flow.source[edges], weights=passed, minlength=len(influence))
+    scale = 1 / np.maximum(flow.abs_sum, 1e-300)
+    for piece in flow.pieces:  # deeper targets first, so their influence is complete
+        if isinstance(piece, Block):
+            node = flow.target[piece.rows]
+            passed = (influence[node] + flow.root_weight[node]) * scale[piece.rows]
+            influence[piece.source] += np.abs(piece.weight) @ passed.astype(piece.weight.dtype)
+            continue
+        for part in _by_depth(piece, flow.depth):
+            node = flow.target[part.row]
+            passed = (influence[node] + flow.root_weight[node]) * scale[part.row]
+            influence += np.bincount(part.source, passed * np.abs(part.weight), len(influence))
     return influence
 
 
-def _edge_scores(flow: Flow, keep: np.ndarray) -> np.ndarray:
-    """What each kept edge passes on, with shares over the kept in-edges."""
-    inner = replace(flow, weight=np.where(keep, flow.weight, 0))
-    influence = _influence(inner, keep) + flow.root_weight
-    target = np.repeat(flow.target, np.diff(flow.start))
-    return np.where(keep, _shares(inner) * influence[target], 0)
+def _by_depth(piece: Loose, depth: np.ndarray) -> list[Loose]:
+    """The edges of a piece, cut where the depth of their targets changes."""
+    cuts = np.flatnonzero(np.diff(depth[piece.row])) + 1
+    columns = (np.split(values, cuts) for values in (piece.row, piece.source, piece.weight))
+    return [Loose(*part) for part in zip(*columns, strict=True)]
+
+
+def _between(flow: Flow, keep_node: np.ndarray) -> Flow:
+    """The edges among the kept nodes, sorted by row and source; the others are dropped."""
+    found = []
+    keep_row = keep_node[flow.target]
+    for piece in flow.pieces:
+        if isinstance(piece, Block):
+            source = np.flatnonzero(keep_node[piece.source])
+            target = np.flatnonzero(keep_row[piece.rows])
+            weight = piece.weight[np.ix_(source, target)]
+            row, node, weight = Block(0, piece.source[source], weight).coo()
+            row = (piece.first + target).astype(np.int32)[row]
+        else:
+            kept = keep_row[piece.row] & keep_node[piece.source]
+            row, node, weight = piece.row[kept], piece.source[kept], piece.weight[kept]
+        live = weight != 0
+        found.append((row[live], node[live], weight[live]))
+    row, source, weight = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.lexsort((source, row))
+    loose = Loose(row[order], source[order], weight[order])
+    return _with_edges(flow, loose)
+
+
+def _with_edges(flow: Flow, edges: Loose) -> Flow:
+    """The flow with some of its edges; the rest goes to ``dropped``."""
+    size = len(flow.target)
+    abs_sum = np.bincount(edges.row, np.abs(edges.weight), size)
+    in_sum = row_sums([edges], size)
+    lost = flow.in_sum - in_sum
+    lost[np.abs(lost) <= 1e-13 * flow.abs_sum] = 0  # the same edges, summed in another order
+    dropped = flow.dropped + lost
+    return replace(flow, pieces=(edges,), in_sum=in_sum, abs_sum=abs_sum, dropped=dropped)
+
+
+def _edge_scores(flow: Flow) -> np.ndarray:
+    """What each edge passes on, with shares over the flow's own in-edges, in float64."""
+    influence = _influence(flow) + flow.root_weight
+    factor = influence[flow.target] / np.maximum(flow.abs_sum, 1e-300)
+    return factor[flow.row] * np.abs(flow.weight)
 
 
 def _top_share(score: np.ndarray, share: float, limit: int | None) -> np.ndarray:
-    """Mask of the smallest set whose scores reach ``share`` of the total."""
-    order = np.argsort(-score, kind="stable")
-    cumulative = np.cumsum(score[order])
+    """Mask of the smallest set whose scores reach ``share`` of the total; of equal scores, the
+    first."""
+    ordered = np.sort(score)[::-1]
+    cumulative = np.cumsum(ordered)
     count = 0
     if len(cumulative) and cumulative[-1] > 0:
         count = int(np.searchsorted(cumulative, share * cumulative[-1] * (1 - 1e-12))) + 1
         if share == 1:
             count = int((score > 0).sum())
-    mask = np.zeros(len(score), dtype=bool)
-    mask[order[: count if limit is None else min(count, limit)]] = True
+    count = min(count, len(score) if limit is None else limit)
+    if count == 0:
+        return np.zeros(len(score), dtype=bool)
+    mask = score > ordered[count - 1]
+    equal = np.flatnonzero(score == ordered[count - 1])
+    mask[equal[: count - int(mask.sum())]] = True
     return mask
 
 
 def _subset(flow: Flow, keep: np.ndarray, alive: np.ndarray) -> Flow:
     """The rows of live targets with their kept edges; the rest goes to ``dropped``."""
-    lost = _row_sums(flow, np.where(keep, 0, flow.weight))
-    counts = _row_sums(flow, keep).astype(np.int64)
+    flow = _with_edges(flow, Loose(flow.row[keep], flow.source[keep], flow.weight[keep]))
     row = alive[flow.target]
+    (edges,) = flow.pieces
+    place = (np.cumsum(row) - 1).astype(np.int32)
     return replace(
         flow,
-        target=flow.target[row],
-        depth=flow.depth[row],
-        start=np.concatenate([[0], np.cumsum(counts[row])]),
-        source=flow.source[keep],
-        weight=flow.weight[keep],
-        constant=flow.constant[row],
-        value=flow.value[row],
-        dropped=(flow.dropped + lost)[row],
+        pieces=(Loose(place[edges.coo()[0]], edges.source, edges.weight),),
+        **{
+            name: getattr(flow, name)[row]
+            for name in ("target", "depth", "in_sum", "abs_sum", "constant", "value", "dropped")
+        },
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenMlp, FrozenRun
+from sae_attn_plugin.backends.protocol import Norm
 from sae_attn_plugin.dictionaries import Dictionary, Encoded
 from sae_attn_plugin.nodes import FEATURE_KINDS, Node
 
@@ -21,6 +23,39 @@ KINDS = (
 )
 _CODE = {kind: code for code, kind in enumerate(KINDS)}
 _OF_ATTENTION = ("attn", "attn_bias", "attn_err", "head")
+
+
+# A table up to this size is written out; a larger one shares its rows.
+_DENSE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class WriterVectors:
+    """Vectors of all writers, ``[writer, d_model]``, centred where the model's norms centre.
+
+    A feature writes the same direction wherever it is active, so in a long prompt its row is kept
+    once: ``vectors[i] = strength[i] * rows[row[i]]``. Index it as a tensor's first dimension.
+
+    Attributes:
+        rows: ``[row, d_model]``.
+        row, strength: ``[writer]``; None: every writer has its own row, as it is.
+    """
+
+    rows: Float[Tensor, "row d_model"]
+    row: Int[Tensor, " writer"] | None = None
+    strength: Float[Tensor, " writer"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows if self.row is None else self.row)
+
+    def __getitem__(self, key: int | slice | Tensor) -> Float[Tensor, "... d_model"]:
+        if self.row is None or self.strength is None:
+            return self.rows[key]
+        return self.rows[self.row[key]].mul_(self.strength[key][..., None])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.rows.shape[1]
 
 
 @dataclass(frozen=True)
@@ -40,7 +75,7 @@ class WriterTable:
         means: ``[writer]``, what centring took from each coordinate; None where nothing is centred.
     """
 
-    vectors: Float[Tensor, "writer d_model"]
+    vectors: WriterVectors
     kind: np.ndarray
     layer: np.ndarray
     index: np.ndarray
@@ -82,7 +117,16 @@ class WriterTable:
 
     def features_of(self, layer: int, kind: str = "attn") -> np.ndarray:
         """Rows of the features of a layer's attention (or MLP) dictionary."""
-        return np.flatnonzero((self.kind == _CODE[kind]) & (self.layer == layer))
+        return self._features.get((kind, layer), np.zeros(0, dtype=np.int64))
+
+    @cached_property
+    def _features(self) -> dict[tuple[str, int], np.ndarray]:
+        found = {}
+        for kind in FEATURE_KINDS:
+            rows = np.flatnonzero(self.kind == _CODE[kind])
+            layer = self.layer[rows]
+            found |= {(kind, int(number)): rows[layer == number] for number in np.unique(layer)}
+        return found
 
     def of_kinds(self, kinds: Iterable[str]) -> np.ndarray:
         """``[writer]``: whether each is of one of these kinds."""
@@ -91,17 +135,36 @@ class WriterTable:
 
 @dataclass
 class _Part:
-    vectors: Tensor
+    """Writers of one kind and layer.
+
+    ``vectors`` are ``[row, d_model]``; where ``row`` and ``strength`` are given, writer ``i`` is
+    ``strength[i] * vectors[row[i]]``. A function is called when its rows are placed, so that no
+    two large parts exist at once; ``n_rows`` then says how many it gives.
+    """
+
+    vectors: Tensor | Callable[[], Tensor]
     kind: str
     position: Tensor
     layer: int = -1
     index: Tensor | None = None
     activation: Tensor | None = None
     pre_activation: Tensor | None = None
+    row: Tensor | None = None
+    strength: Tensor | None = None
+    n_rows: int = -1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vectors, Tensor):
+            self.n_rows = len(self.vectors)
 
 
-def write_table(run: FrozenRun) -> WriterTable:
-    """Collect every writer of a frozen run."""
+def write_table(run: FrozenRun, dense_bytes: int = _DENSE_BYTES) -> WriterTable:
+    """Collect every writer of a frozen run.
+
+    Args:
+        run: the frozen run.
+        dense_bytes: above this size, writers with the same direction share a row.
+    """
     everywhere = torch.arange(run.n_positions, device=run.embed.device)
     parts = [_Part(run.embed, "embed", everywhere)]
     if run.pos_embed is not None:
@@ -110,11 +173,11 @@ def write_table(run: FrozenRun) -> WriterTable:
         parts += _attention_parts(number, layer, everywhere)
         if layer.mlp is not None:
             parts += _mlp_parts(number, layer.mlp, everywhere)
-    return _assemble(parts, run)
+    return _assemble(parts, run, dense_bytes)
 
 
 def _attention_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> list[_Part]:
-    weights, dtype = layer.weights, layer.z.dtype
+    weights = layer.weights
     bias = weights.b_O.expand(len(everywhere), -1)
     if layer.dictionary is not None and layer.dictionary.writes == "attn_out":
         return _attn_out_parts(number, layer, everywhere)
@@ -128,19 +191,14 @@ def _attention_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> lis
         parts = [_Part(vectors, "head", position, number, index)]
     else:
         dictionary, encoded = layer.dictionary, layer.encoded
-        unique, inverse = encoded.feature.unique(return_inverse=True)
-        rows = dictionary.decoder(unique, dtype).flatten(-2) @ weights.W_O.flatten(0, 1)
-        strength = dictionary.strength(encoded)
-        vectors = layer.after(rows[inverse] * strength[:, None], encoded.position)
         parts = [
-            _Part(
-                vectors,
-                "attn",
-                encoded.position,
+            _feature_part(
+                dictionary,
+                encoded,
                 number,
-                encoded.feature,
-                encoded.activation,
-                encoded.pre_activation,
+                weights.W_O.flatten(0, 1),
+                weights.post_norm,
+                layer.post_scale,
             ),
             _Part(layer.to_residual(layer.error, everywhere), "attn_err", everywhere, number),
         ]
@@ -164,17 +222,39 @@ def _attn_out_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> list
     ]
 
 
-def _feature_part(dictionary: Dictionary, encoded: Encoded, number: int) -> _Part:
-    """Features whose decoder rows lie in the residual stream."""
-    rows = dictionary.decoder(encoded.feature, encoded.activation.dtype)
+def _feature_part(
+    dictionary: Dictionary,
+    encoded: Encoded,
+    number: int,
+    W_O: Float[Tensor, "d_in d_model"] | None = None,
+    post_norm: Norm | None = None,
+    post_scale: Float[Tensor, "position 1"] | None = None,
+) -> _Part:
+    """Features of a layer. ``W_O``, ``post_norm`` and its frozen scale are what their decoder rows
+    go through on their way to the residual stream."""
+    unique, inverse = encoded.feature.unique(return_inverse=True)
+    strength = dictionary.strength(encoded)
+    if post_norm is not None and post_scale is not None:
+        strength = strength / post_scale[encoded.position, 0]
+    dtype = encoded.activation.dtype
+
+    def directions() -> Tensor:
+        rows = dictionary.decoder(unique, dtype)
+        if W_O is not None:
+            rows = rows.flatten(-2) @ W_O
+        return rows if post_norm is None else post_norm.linear(rows, rows.new_ones(()))
+
     return _Part(
-        rows * dictionary.strength(encoded)[:, None],
+        directions,
         dictionary.kind,
         encoded.position,
         number,
         encoded.feature,
         encoded.activation,
         encoded.pre_activation,
+        row=inverse,
+        strength=strength,
+        n_rows=len(unique),
     )
 
 
@@ -183,8 +263,8 @@ def _mlp_parts(number: int, mlp: FrozenMlp, everywhere: Tensor) -> list[_Part]:
     if dictionary is None or encoded is None:
         return [_Part(mlp.out, "mlp", everywhere, number)]
     assert mlp.error is not None
-    features = _feature_part(dictionary, encoded, number)
-    features.vectors = mlp.after(features.vectors, features.position)
+    post = mlp.post_norm if dictionary.writes == "mlp_raw" else None
+    features = _feature_part(dictionary, encoded, number, post_norm=post, post_scale=mlp.post_scale)
     bias = mlp.after(dictionary.bias(encoded.scale, encoded.mean), slice(None))
     if mlp.post_bias is not None:
         bias = bias + mlp.post_bias
@@ -198,7 +278,7 @@ def _mlp_parts(number: int, mlp: FrozenMlp, everywhere: Tensor) -> list[_Part]:
     return parts
 
 
-def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
+def _assemble(parts: list[_Part], run: FrozenRun, dense_bytes: int) -> WriterTable:
     def column(get: object, fill: float, dtype: type) -> np.ndarray:
         columns = []
         for part in parts:
@@ -214,14 +294,8 @@ def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
     position = column(lambda part: part.position, -1, np.int32)
     depth = column(_depth, 0, np.int32)
     order = np.lexsort((depth, position))  # stable: features keep their order
-    vectors = torch.cat([part.vectors for part in parts])
-    vectors = vectors[torch.from_numpy(order).to(vectors.device)]
-    means = None
-    if run.normalization == "layer":
-        # Centring is symmetric, so it moves from every reader to the writers, once.
-        means = vectors.mean(-1)
-        vectors -= means[:, None]
     position = position[order]
+    vectors, means = _vectors(parts, order, run, dense_bytes)
     return WriterTable(
         vectors=vectors,
         kind=column(lambda part: _CODE[part.kind], 0, np.int8)[order],
@@ -234,6 +308,50 @@ def _assemble(parts: list[_Part], run: FrozenRun) -> WriterTable:
         starts=np.searchsorted(position, np.arange(run.n_positions + 1)),
         means=means,
     )
+
+
+def _vectors(
+    parts: list[_Part], order: np.ndarray, run: FrozenRun, dense_bytes: int
+) -> tuple[WriterVectors, Float[Tensor, " writer"] | None]:
+    """The vectors of all parts in the table's order, and what centring took from them."""
+    device, d_model = run.embed.device, run.embed.shape[1]
+    n_writers = len(order)
+    shared = n_writers * d_model * run.embed.element_size() > dense_bytes
+    n_rows = sum(part.n_rows for part in parts) if shared else n_writers
+    rows = torch.empty(n_rows, d_model, dtype=run.dtype, device=device)
+    place = np.empty(n_writers, dtype=np.int64)
+    place[order] = np.arange(n_writers)
+    places = torch.from_numpy(place).to(device)
+    row = torch.empty(n_writers if shared else 0, dtype=torch.int64, device=device)
+    strength = torch.ones(len(row), dtype=run.dtype, device=device)
+    means = torch.zeros(n_writers, dtype=run.dtype, device=device)
+    writer = filled = 0
+    for part in parts:
+        at = places[writer : writer + len(part.position)]
+        writer += len(at)
+        vectors = part.vectors if isinstance(part.vectors, Tensor) else part.vectors()
+        # Centring is symmetric, so it moves from every reader to the writers, once.
+        if run.normalization == "layer":
+            mean = vectors.mean(-1)
+            vectors = vectors - mean[:, None]
+            means[at] = (
+                mean
+                if part.row is None or part.strength is None
+                else mean[part.row] * part.strength
+            )
+        if shared:
+            rows[filled : filled + len(vectors)] = vectors
+            own = torch.arange(len(vectors), device=device) if part.row is None else part.row
+            row[at] = filled + own
+            if part.strength is not None:
+                strength[at] = part.strength
+            filled += len(vectors)
+        elif part.row is None or part.strength is None:
+            rows[at] = vectors
+        else:
+            rows[at] = vectors[part.row].mul_(part.strength[:, None])
+    found = WriterVectors(rows, row, strength) if shared else WriterVectors(rows)
+    return found, means if run.normalization == "layer" else None
 
 
 def _depth(part: _Part) -> int:

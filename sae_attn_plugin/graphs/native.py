@@ -294,6 +294,11 @@ def _pack_fields(what: str, value: Any, tensors: dict[str, torch.Tensor]) -> dic
             tensors[f"{what}.{field.name}"] = _tensor(one)
         elif isinstance(one, torch.Tensor):
             tensors[f"{what}.{field.name}"] = one.detach().cpu()
+        elif dataclasses.is_dataclass(one):
+            rest[field.name] = _pack_fields(f"{what}.{field.name}", one, tensors)
+        elif field.name == "pieces":
+            for name in ("row", "source", "weight"):
+                tensors[f"{what}.{name}"] = _tensor(getattr(value, name))
         elif isinstance(one, tuple):
             rest[field.name] = plain(list(one), f"{what}.{field.name}")
         else:
@@ -301,11 +306,19 @@ def _pack_fields(what: str, value: Any, tensors: dict[str, torch.Tensor]) -> dic
     return rest
 
 
-def _unpack_fields(what: str, kind: Any, rest: Mapping[str, Any], tensors: _Tensors) -> Any:
-    """The dataclass again; a field that the file lacks keeps its default, if it has one."""
-    values: dict[str, Any] = {}
+def _unpack_fields(
+    what: str, kind: Any, rest: Mapping[str, Any], tensors: _Tensors, **parts: Any
+) -> Any:
+    """The dataclass again; a field that the file lacks keeps its default, if it has one.
+
+    Args:
+        parts: fields that are no arrays, already built.
+    """
+    values: dict[str, Any] = dict(parts)
     for field in dataclasses.fields(kind):
         name = f"{what}.{field.name}"
+        if field.name in parts:
+            continue
         if name in tensors.tensors:
             is_torch = str(field.type).startswith(("Float", "Int", "Tensor"))
             values[field.name] = tensors.tensor(name) if is_torch else tensors[name]
@@ -318,12 +331,16 @@ def _unpack_fields(what: str, kind: Any, rest: Mapping[str, Any], tensors: _Tens
 
 
 def _unpack_attribution(document: Any, tensors: _Tensors) -> Attribution:
-    from sae_attn_plugin.attribution.rdfa import Flow
+    from sae_attn_plugin.attribution.rdfa import Flow, Loose
     from sae_attn_plugin.attribution.table import Attribution
-    from sae_attn_plugin.attribution.writers import WriterTable
+    from sae_attn_plugin.attribution.writers import WriterTable, WriterVectors
 
-    flow = _unpack_fields("flow", Flow, document["flow"], tensors)
-    writers = _unpack_fields("writers", WriterTable, document["writers"], tensors)
+    edges = Loose(*(tensors[f"flow.{name}"] for name in ("row", "source", "weight")))
+    flow = _unpack_fields("flow", Flow, document["flow"], tensors, pieces=(edges,))
+    vectors = _unpack_fields(
+        "writers.vectors", WriterVectors, document["writers"]["vectors"], tensors
+    )
+    writers = _unpack_fields("writers", WriterTable, document["writers"], tensors, vectors=vectors)
     _check_flow(flow, len(writers))
     content = Attribution(
         flow=flow,
@@ -346,18 +363,16 @@ def _unpack_attribution(document: Any, tensors: _Tensors) -> Attribution:
 
 def _check_flow(flow: Any, n_writers: int) -> None:
     """That its indices point into it: numpy would take a negative one in silence."""
-    start, edges, rows = flow.start, len(flow.weight), len(flow.target)
-    if (
-        start.shape != (rows + 1,)
-        or start[0] != 0
-        or start[-1] != edges
-        or (np.diff(start) < 0).any()
-    ):
-        raise Damaged("the tensor flow.start does not divide the edges among the targets")
-    for name, size in (("source", edges), ("constant", rows), ("value", rows), ("dropped", rows),
-                       ("depth", rows), ("root_weight", len(flow.influence))):  # fmt: skip
+    edges, rows = len(flow.weight), len(flow.target)
+    per_row = ("depth", "in_sum", "abs_sum", "constant", "value", "dropped")
+    sizes = {"source": edges, "row": edges, "root_weight": len(flow.influence)}
+    for name, size in {**sizes, **dict.fromkeys(per_row, rows)}.items():
         if getattr(flow, name).shape != (size,):
             raise Damaged(f"the tensor flow.{name} has the wrong length; expected {size}")
+    if len(flow.row) and not 0 <= flow.row.min() <= flow.row.max() < rows:
+        raise Damaged("the tensor flow.row points outside the targets")
+    if (np.diff(flow.depth[flow.row]) > 0).any():
+        raise Damaged("the edges are not in the order of their targets' depth")
     if len(flow.influence) < n_writers:
         raise Damaged("the tensor flow.influence is shorter than the writers")
     for name in ("source", "target"):
@@ -372,7 +387,7 @@ def _edges_into_features(
     """``(feature, position, source)`` of the edges into each layer's features, in edge order."""
     flow = content.flow
     targets = [content.roots.get(int(n)) or content.writers.node(int(n)) for n in flow.target]
-    row = np.repeat(np.arange(len(targets)), np.diff(flow.start))
+    row = flow.row
     found = {}
     layer = np.array([-1 if t.kind != "attn" else t.layer for t in targets], dtype=np.int64)
     feature = np.array([-1 if t.feature is None else t.feature for t in targets], dtype=np.int64)
