@@ -218,9 +218,9 @@ def _hooked(model: Any) -> _Host:
         return bias
 
     cfg = model.cfg
-    if not hasattr(model.blocks[0].attn, "b_V"):  # a HookedModel: hook points of another's modules
-        value_bias_part = _host(model.model).value_bias_part
-    return _Host(cfg.n_layers, cfg.n_heads, cfg.d_head, place, value_bias_part)
+    has_values = hasattr(model.blocks[0].attn, "b_V")  # a HookedModel only points at another's
+    part = value_bias_part if has_values else _host(model.model).value_bias_part
+    return _Host(cfg.n_layers, cfg.n_heads, cfg.d_head, place, part)
 
 
 def _bridge(model: Any) -> _Host:

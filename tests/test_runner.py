@@ -190,6 +190,19 @@ def test_saved_saes_splice_the_same_where_this_package_is_not(
             assert (logits - clean).abs().max() > 1e-3
 
 
+def test_trap_view_errors_fill_the_log(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def errors(host: Any) -> int:
+        caplog.clear()
+        config = saes.training_config("standard", n_heads=HEADS, d_head=WIDTH, d_sae=24)
+        train(host, config, tmp_path / "out", training_tokens=320)
+        return sum("view operation" in record.message for record in caplog.records)
+
+    assert errors(model) > 5
+    assert errors(sap.hooked(tiny_gpt2(), word_tokenizer())) == 0
+
+
 def test_trap_one_head_trains_on_its_head(model: Any, tmp_path: Path) -> None:
     config = saes.training_config(
         "batchtopk", n_heads=HEADS, d_head=WIDTH, d_sae=24, head=2, k=3, topk_threshold_lr=0.2

@@ -65,7 +65,9 @@ TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5]])
 def test_it_computes_what_sae_lens_computes(
     architecture: str, normalisation: str, subtract: bool
 ) -> None:
-    config = dict(normalize_activations=normalisation, apply_b_dec_to_input=subtract)
+    config: dict[str, Any] = dict(
+        normalize_activations=normalisation, apply_b_dec_to_input=subtract
+    )
     theirs, ours = plain(architecture, **config), attention(architecture, **config)
     assert isinstance(ours, SAE)
     x = z()
@@ -342,13 +344,14 @@ def test_configurations_say_what_is_wrong() -> None:
     assert made().d_in == 30
     assert made(head=1).d_in == WIDTH
     assert saes.training_config(n_heads=HEADS, d_head=WIDTH).d_sae == 240
-    for options, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"architecture": "temporal"}, "no training architecture 'temporal' .* matryoshka"),
         ({"l1_coefficient": 3}, "topk has no option 'l1_coefficient'"),
         ({"d_in": 31}, "d_in 31 is not that of 5 heads x 6: 30; leave it out"),
         ({"head": 5}, r"no head 5; there are: 0\.\.4"),
         ({"n_heads": 0}, "needs n_heads, d_head and d_sae"),
-    ):
+    )
+    for options, message in cases:
         with pytest.raises(sap.InputError, match=message):
             made(**options)
 
@@ -372,7 +375,9 @@ def test_what_cannot_be_given_heads() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(saes.ARCHITECTURES))
 def test_training_saes_can_be_copied_and_pickled(architecture: str) -> None:
-    options = {"matryoshka_widths": [20, 40]} if "matryoshka" in architecture else {}
+    options: dict[str, Any] = {}
+    if "matryoshka" in architecture:
+        options["matryoshka_widths"] = [20, 40]
     if "topk" in architecture:
         options["k"] = 4
     sae = TrainingSAE.from_dict(

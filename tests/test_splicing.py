@@ -64,6 +64,8 @@ def on(host: str, model: Any) -> Any:
             return bridge(model)
         case "sae_bridge":
             return sae_bridge(model)
+        case "hooked":
+            return sap.hooked(model)
         case _:
             return model
 
@@ -71,7 +73,10 @@ def on(host: str, model: Any) -> Any:
 @pytest.mark.parametrize(
     ("kind", "host"),
     [
-        *(("gpt2", host) for host in ("hooked_sae_transformer", "bridge", "sae_bridge", "hf")),
+        *(
+            ("gpt2", host)
+            for host in ("hooked_sae_transformer", "bridge", "sae_bridge", "hf", "hooked")
+        ),
         *(("llama", host) for host in ("hooked_transformer", "bridge", "hf")),
     ],
 )
@@ -122,7 +127,7 @@ def test_through_nnsight() -> None:
         with sap.splice(model, saes):
             expected = logits_of(model)
         with sap.splice(wrapped, saes), wrapped.trace(TOKENS):
-            out = wrapped.output.logits.save()  # type: ignore[attr-defined]
+            out: Any = wrapped.output.logits.save()  # type: ignore[attr-defined]
     torch.testing.assert_close(out, expected)
 
 
@@ -265,7 +270,7 @@ def test_nothing_stays_behind_when_the_model_fails() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("host", ["hooked_transformer", "bridge", "hf", "folded"])
+@pytest.mark.parametrize("host", ["hooked_transformer", "bridge", "hf", "hooked", "folded"])
 def test_saes_trained_on_folded_z(host: str) -> None:
     plain = tiny_gpt2()
     folded = to_hooked_transformer(copy.deepcopy(plain))
