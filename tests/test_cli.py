@@ -147,6 +147,7 @@ REFUSED: dict[str, tuple[dict[str, str | None], list[str], str]] = {
     "an ending": ({}, ["--out", "graph.txt"], "ends in .json, got 'graph.txt'"),
     "a picture's ending": ({}, ["--picture", "graph.svg"], "ends in .png, got 'graph.svg'"),
     "a folder": ({}, ["--out", "none/graph.json"], "does not exist"),
+    "a page's ending": ({}, ["--page", "graph.htm"], "ends in .html, got 'graph.htm'"),
     "a picture's folder": ({}, ["--picture", "none/graph.png"], "does not exist"),
     "a device": ({}, ["--device", "abacus"], "the device 'abacus' cannot be used"),
     "an unknown backend": ({"backend": "jax"}, [], "'jax' is not one of"),
@@ -228,10 +229,19 @@ def test_a_failure_while_drawing_writes_nothing(
         raise sap.InputError("no paint")
 
     monkeypatch.setattr(sap, "draw", fail)
-    result = call_graph(files, "--picture", "graph.png")
+    result = call_graph(files, "--picture", "graph.png", "--page", "graph.html")
     assert result.exit_code == 2
     assert "error: no paint" in result.stderr
     assert list(here.iterdir()) == []
+
+
+def test_graph_writes_a_page(files: Path, here: Path) -> None:
+    result = call_graph(files, "--page", "graph.html")
+    assert result.exit_code == 0, result.stderr
+    assert "graph.html" in result.stdout
+    page = (here / "graph.html").read_text(encoding="utf-8")
+    assert '"by_head_and_source"' in page
+    assert '"qk"' in page
 
 
 def test_an_interrupt_is_exit_130_and_writes_nothing(
@@ -294,7 +304,8 @@ def test_demo(here: Path, backend: str) -> None:
         values["predicted, direct"], abs=1e-5
     )
     assert values["everything free"] != pytest.approx(values["predicted, direct"], abs=1e-3)
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["graph.json", "graph.png"]
+    written = sorted(path.name for path in (here / "out").iterdir())
+    assert written == ["graph.html", "graph.json", "graph.png"]
     assert sap.load(here / "out" / "graph.json").graph["targets"] == ['logit_diff:"w4"-"w3"@5']
 
 

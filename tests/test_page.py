@@ -462,6 +462,26 @@ def test_groups(show: Open, graph: nx.DiGraph) -> None:
     assert state(page)["groups"] == []
 
 
+def test_supernodes_of_the_graph(show: Open, graph: nx.DiGraph) -> None:
+    """Groups that the graph names stand as groups; nodes merged in it are nodes of their own."""
+    members = [name for name in graph if name.startswith("attn:2:")][:3]
+    named = graph.copy()
+    named.graph["supernodes"] = {"movers": members}
+    page = show(named)
+    assert [group["name"] for group in state(page)["groups"]] == ["movers"]
+    assert set(state(page)["groups"][0]["members"]) == set(members)
+    merged = sap.contract(graph, {"movers": members})
+    page = show(merged)
+    (made,) = [name for name in merged if name.startswith("super:")]
+    node_at(page, made).click()
+    side = page.locator(".sag-side")
+    assert side.locator("h2").inner_text() == "movers"
+    assert side.locator("[data-part=members] li").all_inner_texts() == merged.nodes[made]["members"]
+    numbers = side.locator("[data-part=ledger] .sag-num").all_inner_texts()
+    values = [written(text) for text in numbers]
+    assert sum(values[:-1]) == pytest.approx(values[-1], abs=5e-3)
+
+
 def test_search(show: Open, graph: nx.DiGraph) -> None:
     page = show(graph)
     page.keyboard.press("Tab")

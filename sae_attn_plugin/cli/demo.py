@@ -22,7 +22,8 @@ _PICTURE_NODES = 60  # more than these do not fit a slide
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for graph.json and graph.png.", show_default="here")
+        Path,
+        typer.Option(help="Folder for graph.json, graph.png and graph.html.", show_default="here"),
     ] = Path(),
     backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
         Backend.transformer_lens
@@ -33,7 +34,7 @@ def demo(
 ) -> None:
     """Who gave what to whom: a circuit of attention features in the demo model, offline."""
     with session() as screen:
-        files = writable_files(out / "graph.json", out / "graph.png")
+        files = writable_files(out / "graph.json", out / "graph.png", out / "graph.html")
         if prompt is not None and (correct is None or wrong is None):
             raise InputError("--prompt needs --correct and --wrong, the two tokens to compare")
         screen.hush()
@@ -56,7 +57,7 @@ def demo(
         if top is not None:
             with screen.busy("ablating the top feature"):
                 ablation = _ablate(lens, run, attribution, target, top)
-        screen.save(graph, *files)
+        screen.save(run, graph, *files)
 
         screen.heading(f"{lens}")
         screen.prompt(run)

@@ -48,6 +48,9 @@ def graph(
     ),
     out: Annotated[Path, typer.Option(help="The graph, .json.")] = Path("graph.json"),
     picture: Annotated[Path | None, typer.Option(help="A layered picture, .png.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="A page to explore it in a browser, offline, .html.")
+    ] = None,
     nodes: Annotated[float, typer.Option(help="Share of node influence to keep.")] = 0.8,
     edges: Annotated[float, typer.Option(help="Share of edge influence to keep.")] = 0.98,
     max_nodes: Annotated[int | None, typer.Option(help="Keep at most so many nodes.")] = None,
@@ -67,7 +70,7 @@ def graph(
     """The attribution graph of a prompt, from the tokens to a logit or a feature."""
     with session() as screen:
         # What can be told wrong at once is told before a model is loaded.
-        files = writable_files(out, picture)
+        files = writable_files(out, picture, page)
         wanted = parse_target(target, wrong, position)
         check_limits(nodes, edges, max_nodes, node_budget)
         if not prompt:
@@ -89,7 +92,7 @@ def graph(
         with screen.busy("pruning"):
             pruned = attribution.prune(nodes, edges, max_nodes)
             result = with_pruning(pruned.to_networkx(), nodes, edges, max_nodes)
-        screen.save(result, *files)
+        screen.save(run, result, *files)
 
         screen.heading(f"{lens}")
         screen.prompt(run)

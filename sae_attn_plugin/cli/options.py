@@ -61,15 +61,17 @@ def parse_target(target: str | None, wrong: str | None, position: int | None) ->
     return sap.Logit(parse_token(target), at)
 
 
-def writable_files(graph: Path, picture: Path | None) -> tuple[Path, Path | None]:
+def writable_files(
+    graph: Path, picture: Path | None, page: Path | None
+) -> tuple[Path, Path | None, Path | None]:
     """The paths, known to be writable."""
-    for path, ending in ((graph, ".json"), (picture, ".png")):
+    for path, ending in ((graph, ".json"), (picture, ".png"), (page, ".html")):
         if path is None:
             continue
         if path.suffix.lower() != ending:
             raise InputError(f"expected a path that ends in {ending}, got {str(path)!r}")
         check_writable(path)
-    return graph, picture
+    return graph, picture, page
 
 
 def check_limits(nodes: float, edges: float, max_nodes: int | None, node_budget: int) -> None:

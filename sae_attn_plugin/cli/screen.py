@@ -188,17 +188,24 @@ class Screen:
         )
         self.lines("sum of edges + constant = value for each, relative to the sum of sizes")
 
-    def save(self, graph: nx.DiGraph, file: Path, picture: Path | None) -> None:
+    def save(
+        self, run: Run, graph: nx.DiGraph, file: Path, picture: Path | None, page: Path | None
+    ) -> None:
         """Before anything is printed, so that ``| head`` costs no file."""
-        if picture is None:
-            sap.save(graph, file)
-        else:
-            from sae_attn_plugin.graphs.picture import write_png
+        from sae_attn_plugin.graphs.picture import write_png
 
+        figure = shown = None  # before anything is written
+        if picture is not None:
             with self.busy("drawing"):
-                figure = sap.draw(graph)  # before anything is written
-            sap.save(graph, file)
+                figure = sap.draw(graph)
+        if page is not None:
+            with self.busy("making the page"):
+                shown = sap.page(run, graph)
+        sap.save(graph, file)
+        if figure is not None and picture is not None:
             write_png(figure, picture)
+        if shown is not None and page is not None:
+            shown.save(page)
 
     def written(self, graph: nx.DiGraph, *files: Path | None) -> None:
         self.heading(f"Written: {len(graph)} nodes, {graph.number_of_edges()} edges")

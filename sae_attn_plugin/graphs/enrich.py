@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.errors import BackendError, InputError, UnsupportedError
 from sae_attn_plugin.nodes import Node
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def enrich(
     *,
     max_features: int | None = 300,
     heads: bool = True,
-    qk: bool = True,
+    qk: bool | None = None,
     examples: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]] | None = None,
 ) -> nx.DiGraph:
     """A copy of a graph whose nodes and edges say more, as attributes that every file keeps.
@@ -39,7 +39,7 @@ def enrich(
         max_features: so many attention features get DFA, the most influential first; None: all.
         heads: split edges into features by head.
         qk: add the strongest query-key pairs behind the attention that carries most of the most
-            influential features.
+            influential features. None: if this model's scores are known here.
         examples: by ``(layer, feature)``, texts on which the feature is active: dicts with
             ``"tokens"`` and ``"activations"``, lists of equal length.
 
@@ -53,7 +53,7 @@ def enrich(
 
     Raises:
         InputError: a graph of another prompt or of other SAEs, or examples of another form.
-        UnsupportedError: ``qk`` on a model whose scores are not known here; pass ``qk=False``.
+        UnsupportedError, BackendError: ``qk=True`` on a model whose scores are not known here.
     """
     if graph.graph.get("token_ids") != run.tokens[0].tolist() or len(run) != 1:
         raise InputError("the graph is of another prompt than the run; expected its own")
@@ -69,9 +69,13 @@ def enrich(
         _add_dfa(result.nodes[name], nodes[name], run)
     if heads and not result.is_multigraph():
         _add_heads(result, nodes, run)
-    if qk:
-        for name in features[:max_features][:_QK_NODES]:
-            _add_qk(result.nodes[name], nodes[name], run)
+    if qk is not False:
+        try:
+            for name in features[:max_features][:_QK_NODES]:
+                _add_qk(result.nodes[name], nodes[name], run)
+        except (UnsupportedError, BackendError):  # of the model, so at the first node if at all
+            if qk:
+                raise
     for name in features if examples else ():
         node = nodes[name]
         found = (examples or {}).get((node.layer or 0, node.feature or 0))

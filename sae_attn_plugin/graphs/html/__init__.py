@@ -31,7 +31,7 @@ __all__ = ["Page", "graph_to_html", "page", "page_data", "page_html", "script", 
 _SCRIPTS = ("text.js", "model.js", "layout.js", "plot.js", "panel.js", "page.js")
 _DIGITS = 7  # more than float32 holds
 _NODE = (  # what the page reads of a node, where it is there
-    "label", "activation", "pre_activation", "constant", "pruned_in",
+    "label", "activation", "pre_activation", "constant", "pruned_in", "internal", "members",
     "probability", "neuronpedia", "dfa", "qk", "examples",
 )  # fmt: skip
 _GRAPH = (
@@ -94,6 +94,9 @@ def page_data(graph: nx.DiGraph) -> dict[str, Any]:
     graph = checked(graph, "HTML")
     index = {name: i for i, name in enumerate(graph)}
     known = {key: graph.graph[key] for key in _GRAPH if graph.graph.get(key) is not None}
+    if isinstance(groups := known.pop("supernodes", None), dict):
+        members = {name: ids for name, ids in groups.items() if isinstance(ids, list)}
+        known["supernodes"] = [{"name": name, "members": ids} for name, ids in members.items()]
     tokens = known.get("tokens")
     last = max(Node.parse(name).position for name in graph)
     if not isinstance(tokens, list) or len(tokens) <= last:
@@ -121,6 +124,8 @@ def _node(name: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
     if node.kind == "score":
         followed = f", {node.label} side" if node.label else ""
         row["title"] = f"head {node.layer}.{node.head}, {node.position} to {node.key}{followed}"
+    elif node.kind == "super" and node.label is not None:
+        row.setdefault("label", str(unquote(node.label)[0]))
     elif node.kind in TARGET_KINDS and node.label is not None:
         parts = [part if isinstance(part, str) else f"#{part}" for part in unquote(node.label)]
         row["title"] = " − ".join(f"“{part}”" for part in parts)

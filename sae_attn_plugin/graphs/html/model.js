@@ -18,6 +18,7 @@
     mlp_sae_bias: ["diamond", "bias", "MLP bias", "MLP biases"],
     tc_skip: ["square", "mlp", "transcoder skip", "transcoder skips"],
     mlp: ["square", "mlp", "MLP", "MLPs"],
+    super: ["group", "group", "supernode", "supernodes"],
     embed: ["disc", "embed", "token embedding", "token embeddings"],
     pos: ["pentagon", "pos", "position embedding", "position embeddings"],
     logit: ["star", "target", "logit", "logits"],
@@ -148,6 +149,7 @@
 
     /** The short mark beside a glyph. */
     mark(node) {
+      if (node.label && node.kind === "super") return sag.short(sag.shown(node.label), 18);
       if (node.feature !== undefined && node.feature !== null) {
         return node.label ? sag.short(sag.shown(node.label), 18) : String(node.feature);
       }
@@ -240,6 +242,7 @@
       }
       const extra = [
         ["constant", node.constant],
+        ["edges inside", node.internal],
         ["pruned edges", node.pruned_in],
       ];
       for (const [name, value] of extra)

@@ -64,6 +64,7 @@
         this.edgesSection("Inputs", node, this.model.ins[node.index], this.model.source),
         this.edgesSection("Writes to", node, this.model.outs[node.index], this.model.target),
         this.examplesSection(node),
+        this.membersSection(node),
       ];
       this.box.replaceChildren(...parts.filter(Boolean));
       this.box.scrollTop = 0;
@@ -345,6 +346,12 @@
             if (value > 0) word.style.backgroundColor = heat(value / most);
             return word;
           }))));
+    }
+
+    membersSection(node) {
+      if (!Array.isArray(node.members) || !node.members.length) return null;
+      return el("section", { "data-part": "members" }, el("h3", {}, "Members"),
+        el("ul", { class: "sag-pairs" }, node.members.map((id) => el("li", {}, this.inline(String(id))))));
     }
 
     // -- a group -----------------------------------------------------------------------------
