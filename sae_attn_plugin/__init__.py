@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sae_attn_plugin import demo, nodes, saes, studies, tasks, training
     from sae_attn_plugin.attribution.dfa import DFA
+    from sae_attn_plugin.attribution.explain import EdgeExplanation
     from sae_attn_plugin.attribution.qk import QKAttribution
     from sae_attn_plugin.attribution.table import Attribution
     from sae_attn_plugin.backends.architectures import Architecture, register_architecture
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.registration import register, register_release
     from sae_attn_plugin.saes import AttentionSAE
     from sae_attn_plugin.splicing import splice
+    from sae_attn_plugin.studies.qk import QKVariance, qk_variance
 
 # public name -> where it lives
 _PUBLIC = {
@@ -108,7 +110,9 @@ _PUBLIC = {
     "Page": "graphs.html",
     "PatchEdge": "interventions.edits",
     "PatchSite": "interventions.edits",
+    "EdgeExplanation": "attribution.explain",
     "QKAttribution": "attribution.qk",
+    "QKVariance": "studies.qk",
     "Run": "lens",
     "SaeAttnError": "errors",
     "ScaleFeature": "interventions.edits",
@@ -137,6 +141,7 @@ _PUBLIC = {
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
     "page": "graphs.html",
+    "qk_variance": "studies.qk",
     "register": "registration",
     "register_release": "registration",
     "releases": "pretrained",
@@ -154,6 +159,9 @@ __all__ = [  # noqa: RUF022 - the front door first
     "Attribution",
     "DFA",
     "QKAttribution",
+    "EdgeExplanation",
+    "qk_variance",
+    "QKVariance",
     "AlignedAttribution",
     "AlignedContrast",
     "Feature",

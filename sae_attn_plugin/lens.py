@@ -620,6 +620,7 @@ class Run:
                 "edges_per_target": edges_per_target,
             },
             head_split=functools.partial(edges_by_head, self.frozen, self.writers),
+            qk=self.qk,
             probabilities={
                 number: self._probability(node)
                 for number, node in zip(flow.roots, nodes, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -343,3 +344,53 @@ def test_backend_without_scores_is_refused() -> None:
     lens = sap.FeatureLens(Old(), random_saes(model), tokenizer=word_tokenizer())
     with pytest.raises(sap.UnsupportedError, match="gives no queries and keys"):
         lens.run([TOKENS]).qk(0, 0, 3, 2)
+
+
+# -- circuits written on paper -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("copy", [1.0, 0.7])
+def test_induction_head_looks_for_the_reason_on_paper(copy: float, host: str) -> None:
+    """One term: the token A at the query, times what the previous-token feature wrote."""
+    circuit = sap.demo.circuits.induction(copy=copy, dtype=torch.float64)
+    model = on_host(circuit.model, host, circuit.tokenizer)
+    lens = sap.FeatureLens(model, circuit.saes, tokenizer=circuit.tokenizer)
+    run = lens.run([list(circuit.prompt)])
+
+    def scale(*values: float) -> float:
+        return math.sqrt(sum(v * v for v in values) / 18 + 1e-5)
+
+    c = copy / scale(1, 1)
+    s1 = scale(1, 1, c)
+    qk = run.qk(1, 0, 4, 2)
+    assert qk.score == pytest.approx(100 * c / s1**2, rel=1e-10)
+    top = qk.top(2)
+    assert top.loc[0, ["query_node", "key_node"]].tolist() == ["embed@4", "attn:0:0@2"]
+    assert top.loc[0, "weight"] == pytest.approx(100 * c / s1**2, rel=1e-10)
+    assert abs(float(top["weight"].iloc[1])) < 1e-9
+    rest = run.qk(1, 0, 4, 0)  # where nothing matches it rests at BOS, half as sharp
+    assert rest.top(1)["weight"].iloc[0] == pytest.approx(50 / (s1 * scale(1, 1)), rel=1e-10)
+    assert qk.pattern == pytest.approx(1)
+    edge = run.attribute(sap.HeadScore(1, 0, 4, 2, "key")).edges
+    strongest: Any = edge.loc[edge["weight"].abs().idxmax()]
+    assert strongest["source"] == "attn:0:0@2"
+    assert strongest["weight"] == pytest.approx(100 * c / s1**2, rel=1e-10)
+
+
+def test_rotary_head_on_paper() -> None:
+    """A head that looks one back by its rotary angle: sharpness * cos(1 - distance) / scales."""
+    circuit = sap.demo.circuits.grouped_query_induction(dtype=torch.float64)
+    with TrueFloat64():
+        lens = sap.FeatureLens(circuit.model, circuit.saes, tokenizer=circuit.tokenizer)
+        run = lens.run([list(circuit.prompt)])
+        n = len(circuit.prompt)
+        back = tuple(max(p - 1, 0) for p in range(n))
+        head = next(h for (layer, h), at in circuit.patterns.items() if layer == 0 and at == back)
+        n_coordinates = circuit.model.config.hidden_size // 2
+        scale = math.sqrt(1 / n_coordinates + 1e-5)
+        for query, key in ((n - 1, n - 2), (n - 1, n - 1), (3, 1)):
+            qk = run.qk(0, head, query, key)
+            expected = 100 * math.cos(1 - (query - key)) / scale**2
+            assert qk.score == pytest.approx(expected, rel=1e-6)
+            assert qk.top(1)["weight"].iloc[0] == pytest.approx(expected, rel=1e-6)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from sae_attn_plugin.attribution.explain import EdgeExplanation
+    from sae_attn_plugin.attribution.qk import QKAttribution
+
 HeadSplit = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -37,6 +40,7 @@ class Attribution:
         provenance: everything needed to make this again.
         neuronpedia: address of the features of a kind and layer, where the SAE names one.
         probabilities: of the tokens of logit targets, by node number.
+        qk: the run's scores, for :meth:`explain`; None for one that was read from a file.
     """
 
     flow: Flow
@@ -47,6 +51,7 @@ class Attribution:
     head_split: HeadSplit
     neuronpedia: Mapping[tuple[str, int], str]
     probabilities: Mapping[int, float]
+    qk: Callable[[int, int, int, int], QKAttribution] | None = None
 
     def __repr__(self) -> str:
         targets = ", ".join(map(str, self.roots.values()))
@@ -215,6 +220,25 @@ class Attribution:
         result = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
         result["head"] = pd.array(result["head"], dtype="Int64")
         return result.reindex(columns=["source", "target", "head", "weight"])
+
+    def explain(
+        self, edge: Any, *, heads: int = 3, n: int = 5, relative: bool = False
+    ) -> EdgeExplanation:
+        """Why an attention edge is there: its heads, and why each looks at the edge's source.
+
+        Args:
+            edge: ``(source, target)`` or ``(source, target, head)`` as node ids, or a row of
+                :attr:`edges` or :meth:`edges_by_head`, or an edge of ``to_networkx(by="head")``.
+            heads: how many of the strongest heads, where none is named.
+            n: strongest terms of each head's score.
+            relative: terms of the score relative to the other keys.
+
+        Raises:
+            InputError: no such edge, or one that passes through no head.
+        """
+        from sae_attn_plugin.attribution.explain import explain
+
+        return explain(self, edge, heads=heads, n=n, relative=relative)
 
     @cached_property
     def ledger(self) -> pd.DataFrame:
