@@ -548,6 +548,7 @@ class Run:
         self,
         target: Target | Sequence[Target] | None = None,
         *,
+        weights: Sequence[float] | None = None,
         mlp: Literal["terminal", "linearise"] = "terminal",
         heads: Literal["terminal", "linearise"] = "terminal",
         node_budget: int | None = 2000,
@@ -560,6 +561,7 @@ class Run:
         Args:
             target: one target or several (weighted equally). None: the top logits at the last
                 position, cumulative probability 0.95 and ten at most, weighted by probability.
+            weights: of the targets, where they should differ; made to sum to 1.
             mlp: ``"linearise"``: raw MLPs, and features of SAEs on MLP outputs, get in-edges of
                 their own, through the MLP with the ratios activation(pre) / pre frozen (the gate,
                 for gated MLPs). ``"terminal"``: they are leaves. Transcoder features always
@@ -581,10 +583,18 @@ class Run:
                 raise InputError(f"{name}={value!r}; known: 'terminal', 'linearise'")
         self._one  # noqa: B018 - refuses several prompts
         if target is None:
-            targets, weights = self._top_logits()
+            targets, shares = self._top_logits()
         else:
             targets: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
-            weights = [1 / max(len(targets), 1)] * len(targets)
+            shares = [1 / max(len(targets), 1)] * len(targets)
+        if weights is not None:
+            shares = [float(weight) for weight in weights]
+            if len(shares) != len(targets) or min(shares, default=0) < 0 or sum(shares) <= 0:
+                raise InputError(
+                    f"weights={list(weights)}: expected {len(targets)} numbers, one for each "
+                    "target, none negative"
+                )
+            shares = [share / sum(shares) for share in shares]
         if not targets:
             raise InputError("no target given")
         resolved = [self._resolve(one, mlp == "linearise") for one in targets]
@@ -599,7 +609,7 @@ class Run:
                 self.frozen,
                 self.writers,
                 [root for _, root in resolved],
-                weights,
+                shares,
                 node_budget=node_budget,
                 edges_per_target=edges_per_target,
                 memory_budget=memory_budget,
@@ -614,6 +624,7 @@ class Run:
             tokens=self.token_strings,
             provenance={
                 **self._provenance(),
+                "target_weights": shares,
                 "mlp": mlp,
                 "heads": heads,
                 "node_budget": node_budget,

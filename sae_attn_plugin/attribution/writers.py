@@ -128,6 +128,12 @@ class WriterTable:
             found |= {(kind, int(number)): rows[layer == number] for number in np.unique(layer)}
         return found
 
+    def full(self, rows: np.ndarray) -> Float[Tensor, "row d_model"]:
+        """Writers as they stand in the residual stream, before centring."""
+        index = torch.from_numpy(rows.astype(np.int64)).to(self.vectors.rows.device)
+        vectors = self.vectors[index]
+        return vectors if self.means is None else vectors + self.means[index][:, None]
+
     def of_kinds(self, kinds: Iterable[str]) -> np.ndarray:
         """``[writer]``: whether each is of one of these kinds."""
         return np.isin(self.kind, [_CODE[kind] for kind in kinds])

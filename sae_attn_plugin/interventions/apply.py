@@ -21,6 +21,7 @@ from sae_attn_plugin.backends.protocol import (
     uncapped_logits,
 )
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
+from sae_attn_plugin.dictionaries import Dictionary
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.edits import (
@@ -183,6 +184,8 @@ class InterventionResult:
         lens, device = one.clean.lens, one.clean.lens.backend.geometry.device
         frames = []
         for layer, dictionary in lens.dictionaries.items():
+            if dictionary.reads != "z":
+                continue
             edits = one.feature_edits.get(layer, [])
             before, after = (
                 steps.active_features(dictionary, z.to(device), of_z)
@@ -206,21 +209,80 @@ class InterventionResult:
         run = self.clean
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
-            dictionary = run.lens.dictionaries[run.resolve_layer(target.layer)]
-            index = torch.tensor([run.resolve_feature(target.layer, target.feature)])
-            at = z[target.layer][:, position]
-            clean = run.capture["z", target.layer][:, position]
+            dictionary = run.dictionary(target.layer, target.kind)
+            number = run.resolve_feature(target.layer, target.feature, target.kind)
+            held: Mapping[str, frozenset[int]] = self.held if values is self.values else {}
+            if dictionary.reads == "z":
+                at, clean = z[target.layer], run.capture["z", target.layer]
+            else:
+                at = read_by(run, dictionary, values, held)
+                clean = read_by(run, dictionary, run.capture.values, {})
+            at = at[:, position].flatten(1)
             at = at if at.dtype == torch.float64 else at.float()
             # Where norms are held, so is the normalisation of the dictionary's own input.
-            held = target.layer in self.held.get("norms", ())
-            _, scale, _ = dictionary.normalise((clean.to(at) if held else at).flatten(-2))
-            encoder = dictionary.encoder(index.to(at.device), at.dtype)[0]
-            dot = (at * encoder).sum((-2, -1)) / dictionary.input_scale(scale)[:, 0]
-            return dot + dictionary.constants(index.to(at.device), at.dtype)
+            frozen = target.layer in self.held.get("norms", ())
+            clean = clean[:, position].flatten(1).to(at)
+            _, scale, _ = dictionary.normalise(clean if frozen else at)
+            index = torch.tensor([number], device=at.device)
+            encoder = dictionary.encoder(index, at.dtype)[0].flatten()
+            dot = (at * encoder).sum(-1) / dictionary.input_scale(scale)[:, 0]
+            return dot + dictionary.constants(index, at.dtype)
         tokens = [target.token] if isinstance(target, Logit) else [target.correct, target.wrong]
         ids = [run.resolve_token(token)[0] for token in tokens]
         at = uncapped_logits(run.lens.backend, values, ids, position)
         return at[:, 0] - at[:, 1] if len(ids) == 2 else at[:, 0]
+
+
+def _sites_of(dictionary: Dictionary) -> list[Site]:
+    """Sites that tell what a dictionary reads."""
+    layer = dictionary.layer
+    if dictionary.reads in ("z", "attn_out", "mlp_out"):
+        return [Site(dictionary.reads, layer)]
+    return [Site("resid_pre", layer), Site("attn_out", layer)]
+
+
+def read_by(
+    run: Run,
+    dictionary: Dictionary,
+    values: Mapping[Site, Tensor],
+    held: Mapping[str, frozenset[int]],
+) -> Float[Tensor, "batch position ..."]:
+    """What a dictionary reads in a run whose sites were read, in float32 or float64.
+
+    Args:
+        held: by part, where it was held. Held attention is live in z still, and held norms keep
+            their scale.
+    """
+    backend, layer = run.lens.backend, dictionary.layer
+
+    def get(name: str, source: Mapping[Site, Tensor] = values) -> Tensor:
+        value = source[Site(name, layer)]
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+
+    frozen = layer in held.get("norms", ())
+    if dictionary.reads == "attn_out" and layer in held.get("attention", ()):
+        z = get("z")
+        weights = backend.layer_weights(layer).to(z.dtype, z.device)
+        out, norm = weights.attn_out(z), weights.post_norm
+        if norm is None:
+            return out
+        clean = weights.attn_out(get("z", run.capture.values))
+        return norm.apply(out, norm.scale(clean) if frozen else None)
+    if dictionary.reads in ("z", "attn_out", "mlp_out"):
+        return get(dictionary.reads)
+    stream, clean = (
+        get("resid_pre", source)
+        if backend.geometry.parallel
+        else get("resid_pre", source) + get("attn_out", source)
+        for source in (values, run.capture.values)
+    )
+    if dictionary.reads == "mlp_stream":
+        return stream
+    norm = (backend.layer_weights(layer).mlp_norm or Norm("none")).to(stream.dtype, stream.device)
+    scale = norm.scale(clean if frozen else stream)
+    if dictionary.reads == "mlp_in":
+        return norm.apply(stream, scale)
+    return norm.centre(stream) / scale
 
 
 class UnequalResult(InterventionResult):
@@ -278,6 +340,7 @@ def intervene(
     *,
     sources: Mapping[str, Any] | None = None,
     max_new_tokens: int = 0,
+    reads: Iterable[Site] = (),
 ) -> InterventionResult:
     """Run the model again with edits.
 
@@ -294,6 +357,7 @@ def intervene(
         max_new_tokens: continue every prompt by so many most likely tokens, with and without the
             edits. Edits without a position act on new tokens too; what is frozen is held over the
             prompt and live after it.
+        reads: further sites to keep in ``values``.
 
     Raises:
         InputError: an edit, a source or a freeze that does not fit the model or the run.
@@ -310,7 +374,7 @@ def intervene(
     found: dict[int, InterventionResult] = {}
     for members, part in parts:
         plan = _Plan(lens, part, held, edits, given, members, len(run))
-        result = plan.run_once(max_new_tokens)
+        result = plan.run_once(max_new_tokens, reads)
         if len(parts) == 1:
             return result
         found |= {i: result[k] for k, i in enumerate(members)}
@@ -380,8 +444,9 @@ class _Plan:
 
     # -- running ---------------------------------------------------------------------------------
 
-    def run_once(self, max_new_tokens: int) -> InterventionResult:
-        reads = [Site("z", layer) for layer in self.lens.dictionaries]
+    def run_once(self, max_new_tokens: int, more: Iterable[Site] = ()) -> InterventionResult:
+        reads = [*more, *(Site("z", layer) for layer in self.lens.dictionaries)]
+        reads += [site for _, d in self.lens.all_dictionaries() for site in _sites_of(d)]
         reads += [Site(name, layer) for layer in self._feature_edits() for name in ("v", "pattern")]
         if self.g.logit_soft_cap is not None:
             reads.append(Site("unembed_in"))
@@ -413,9 +478,13 @@ class _Plan:
         """By layer, the edits of its dictionary."""
         found: defaultdict[int, list[Any]] = defaultdict(list)
         for r in self.edits:
-            if isinstance(r.edit, OF_FEATURES):
+            if isinstance(r.edit, OF_FEATURES) and self._written(r.edit) == "z":
                 found[_edited_layer(r.edit)].append(_plain(r))
         return dict(found)
+
+    def _written(self, edit: Any) -> str:
+        """Where the dictionary of an edited feature writes."""
+        return self.run.dictionary(edit.layer, edit.kind).writes
 
     def _z_as_read(self, layer: int, found: Mapping[Site, Tensor]) -> Tensor:
         """z before the edits of the layer's dictionary, and after those of heads before them."""
@@ -428,7 +497,7 @@ class _Plan:
         before = mix_values(pattern.to(v), v).to(z)
         for r in self.edits:
             if _edited_layer(r.edit) == layer:
-                if isinstance(r.edit, OF_FEATURES):
+                if isinstance(r.edit, OF_FEATURES) and self._written(r.edit) == "z":
                     break
                 if isinstance(r.edit, AblateHead | PatchSite):
                     before = _of_z(r)(before)
@@ -495,6 +564,13 @@ class _Plan:
 
     def _check(self, edit: Edit) -> None:
         """Whether an edit fits the model."""
+        if isinstance(edit, OF_FEATURES) and getattr(edit, "to", None) is not None:
+            self._check_dictionary(edit.kind, edit.layer)  # type: ignore[attr-defined]
+            if self._written(edit) != "z":
+                raise UnsupportedError(
+                    f"{edit}: values from other runs are known for SAEs on hook_z only; give a "
+                    "number with SetFeature"
+                )
         match edit:
             case AddToStream():
                 if edit.site not in ("embed", "attn_out", "mlp_out"):
@@ -535,16 +611,29 @@ class _Plan:
         if not 0 <= head < self.g.n_heads:
             raise InputError(f"head {head} is out of range: 0..{self.g.n_heads - 1}")
 
-    def _check_dictionary(self, kind: str, layer: int) -> None:
-        if kind == "tc":
-            raise UnsupportedError("transcoders of MLPs cannot be edited yet")
-        self.run.resolve_layer(layer)
+    def _check_dictionary(self, kind: Any, layer: int) -> None:
+        self.run.resolve_layer(layer, kind)
 
-    def _check_feature(self, kind: str, layer: int, feature: int) -> None:
-        self._check_dictionary(kind, layer)
-        self.run.resolve_feature(layer, feature)
+    def _check_feature(self, kind: Any, layer: int, feature: int) -> None:
+        self.run.resolve_feature(layer, feature, kind)
+
+    def _check_path(self, end: End) -> None:
+        """Edges are patched between what reads and writes z."""
+        if end.kind in ("tc", "tc_err", "tc_bias"):
+            raise UnsupportedError(
+                "PatchEdge from or to a transcoder is not supported; SetFeature(..., kind='tc') "
+                "edits its features"
+            )
+        dictionary = self.lens.dictionaries.get(end.layer)
+        of_sae = end.kind in ("attn", "attn_err", "attn_bias")
+        if of_sae and dictionary is not None and dictionary.writes != "z":
+            raise UnsupportedError(
+                "PatchEdge from or to an SAE on hook_attn_out is not supported; SetFeature edits "
+                "its features"
+            )
 
     def _check_end(self, edit: PatchEdge, end: End, what: str) -> None:
+        self._check_path(end)
         match end.kind:
             case "attn" | "tc":
                 assert end.index is not None
@@ -606,6 +695,7 @@ class _Plan:
                 self.add("z", layer, step)
             if self._holds("attention", layer):
                 self.add("attn_out", layer, self._held_attention(weights, layer, edits_of_z))
+            self._edit_written(of_layer, layer, weights, "attn")
             self._add_vectors(of_layer, "attn_out", layer)
             self._patch(of_layer, "attn_out", layer)
             if not g.has_mlp:
@@ -613,6 +703,7 @@ class _Plan:
             self._read_mlp(of_layer, layer, weights)
             if self._holds("mlp", layer):
                 self.add("mlp_out", layer, steps.hold(self.clean["mlp_out", layer]))
+            self._edit_written(of_layer, layer, weights, "mlp")
             self._add_vectors(of_layer, "mlp_out", layer)
             self._patch(of_layer, "mlp_out", layer)
         ends = [r for r in self.edits if _edited_layer(r.edit) == -1]
@@ -739,7 +830,8 @@ class _Plan:
         for r in edits:
             match r.edit:
                 case SetFeature() | AblateFeature() | ScaleFeature() | Steer() | AblateError():
-                    pending.append(_plain(r))
+                    if self._written(r.edit) == "z":
+                        pending.append(_plain(r))
                     continue
                 case AblateHead() | PatchSite(site="z"):
                     step = _of_z(r)
@@ -751,6 +843,41 @@ class _Plan:
             made.append(step)
         flush()
         return made
+
+    # -- edits of dictionaries in the residual stream ----------------------------------------------
+
+    def _edit_written(
+        self, edits: Sequence[_Resolved], layer: int, weights: LayerWeights, block: str
+    ) -> None:
+        """Edits of features and errors of an SAE on attn_out or of an MLP's dictionary."""
+        chosen = [
+            r
+            for r in edits
+            if isinstance(r.edit, OF_FEATURES)
+            and self._written(r.edit) != "z"
+            and (r.edit.kind == "attn") == (block == "attn")
+        ]
+        if not chosen:
+            return
+        dictionary = self.run.dictionary(layer, chosen[0].edit.kind)  # type: ignore[attr-defined]
+        live = self._live_input(dictionary, weights) if dictionary.kind == "tc" else None
+        site, after, norm = dictionary.writes, None, weights.mlp_post_norm
+        if site == "mlp_raw" and self._holds("mlp", layer) and norm is not None:
+            # What the norm gives is held, so the change goes in behind it.
+            site, after = "mlp_out", (norm, self._scales(layer, weights)["mlp_out"])
+        plain = [_plain(r) for r in chosen]
+        step = steps.set_features(dictionary, plain, self.dtype, live, after)
+        self.add(site, layer, step)
+
+    def _live_input(self, dictionary: Dictionary, weights: LayerWeights) -> Callable[[], Tensor]:
+        """What a transcoder reads, within the forward pass."""
+        layer, norm = dictionary.layer, weights.mlp_norm
+        if dictionary.reads == "mlp_stream" or norm is None:
+            return self._middle(layer)
+        if dictionary.reads == "mlp_in":
+            return steps.stream(self.seen, [self._watch("mlp_in", layer)])
+        scale = self._held_scale("mlp_in", layer, weights)
+        return steps.normalised_stream(self._middle(layer), norm, scale)
 
     # -- edges -----------------------------------------------------------------------------------
 

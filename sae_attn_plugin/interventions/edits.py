@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.nodes import FEATURE_KINDS
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 Position = int | str | tuple[int, ...] | None
-Kind = Literal["attn", "tc"]
+Kind = Literal["attn", "tc", "mlp_sae"]
 
 FREEZABLE = ("patterns", "norms", "mlp", "attention")
 PATCHABLE = ("embed", "resid_pre", "v", "z", "attn_out", "mlp_out")
@@ -147,7 +148,8 @@ class SetFeature(Edit):
     ``(value - activation) * decoder``.
 
     Args:
-        kind: ``"attn"`` for features of attention, ``"tc"`` for transcoder features of the MLP.
+        kind: ``"attn"`` for features of attention, ``"tc"`` for transcoder features of the MLP,
+            ``"mlp_sae"`` for those of an SAE on its output.
     """
 
     layer: int
@@ -414,8 +416,9 @@ def _fix(edit: Any) -> None:
             object.__setattr__(edit, key, value)
     if not isinstance(getattr(edit, "to", None), Mean | From | None):
         raise InputError(f"{name}: to must be None (zero), Mean(...) or From(...), got {edit.to!r}")
-    if getattr(edit, "kind", "attn") not in ("attn", "tc"):
-        raise InputError(f"{name}: kind must be 'attn' or 'tc', got {edit.kind!r}")
+    if getattr(edit, "kind", "attn") not in FEATURE_KINDS:
+        known = ", ".join(map(repr, FEATURE_KINDS))
+        raise InputError(f"{name}: kind must be one of {known}, got {edit.kind!r}")
     if isinstance(edit, PatchSite) and edit.site not in PATCHABLE:
         raise InputError(f"cannot patch {edit.site!r}; known: {', '.join(PATCHABLE)}")
 

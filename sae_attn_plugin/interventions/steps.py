@@ -166,26 +166,46 @@ def held_attention(
     return step
 
 
-def set_features(dictionary: Any, edits: list[Any], dtype: torch.dtype) -> Any:
+def normalised_stream(live: Any, norm: Any, scale: Tensor | None) -> Any:
+    """``live()`` centred and scaled, by its own scale or a held one, without gain and bias."""
+
+    def again():
+        x = live()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return norm.centre(x) / (norm.scale(x) if scale is None else scale.to(x))
+
+    return again
+
+
+def set_features(
+    dictionary: Any, edits: list[Any], dtype: torch.dtype, live: Any = None, after: Any = None
+) -> Any:
     """What a dictionary writes with features set, its error term kept unless that is edited.
 
     Args:
         dictionary: of the layer.
         edits: ``(what, feature, where, amount)``, in order; ``what`` is ``"set"``, ``"scale"``,
             ``"add"`` or ``"error"``; ``amount`` a number, or as ``new`` of :func:`put`.
+        live: what the dictionary reads, where that is not what it writes.
+        after: a norm and its scale that stand between what the dictionary writes and this step.
     """
 
     def step(z):
         work = z.to(dtype, copy=True)
-        live, scale, error = read_features(dictionary, work, edits)
-        wanted, wanted_error = wanted_features(live, error, edits)
-        for feature, at in live.items():
+        read = work if live is None else live().to(z.device, dtype)
+        active, scale, error = read_features(dictionary, read, edits, work)
+        wanted, wanted_error = wanted_features(active, error, edits)
+        change = torch.zeros_like(work)
+        for feature, at in active.items():
             row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
             delta = (wanted[feature] - at) * scale
-            work = work + delta.reshape(*delta.shape, *[1] * row.ndim) * row
+            change = change + delta.reshape(*delta.shape, *[1] * row.ndim) * row
         if error is not None:
-            work = work + (wanted_error - error)
-        return work.to(z.dtype)
+            change = change + (wanted_error - error)
+        if after is not None:
+            norm, held = after
+            change = norm.to(dtype, z.device).linear(change, held.to(change))
+        return (work + change).to(z.dtype)
 
     return step
 
@@ -237,22 +257,29 @@ def pick_into(value: Tensor, where: Tensor, changed: Tensor) -> Tensor:
     return put(value, where, changed[every, where.to(value.device)])
 
 
-def read_features(dictionary: Any, z: Tensor, edits: list[Any]) -> tuple[Any, Tensor, Any]:
+def read_features(
+    dictionary: Any, z: Tensor, edits: list[Any], written: Any = None
+) -> tuple[Any, Tensor, Any]:
     """Live activations ``[prompt, position]`` of the features that edits name, the dictionary's
     output scale ``[prompt, position]``, and its error ``[prompt, position, ...]`` if one needs it.
+
+    Args:
+        z: what it reads. written: what it reconstructs, where that is another.
     """
+    goal = z if written is None else written
     features = {feature for what, feature, _, _ in edits if what != "error"}
     live = {feature: z.new_zeros(z.shape[:2]) for feature in sorted(features)}
     scale = z.new_ones(z.shape[:2])
-    error = torch.zeros_like(z) if any(what == "error" for what, *_ in edits) else None
+    error = torch.zeros_like(goal) if any(what == "error" for what, *_ in edits) else None
     for number, prompt in enumerate(z):
         encoded = dictionary.encode(prompt)
-        scale[number] = encoded.scale[:, 0]
+        scale[number] = dictionary.output_scale(encoded.scale)[:, 0]
         for feature, at in live.items():
             hit = encoded.feature == feature
             at[number, encoded.position[hit]] = encoded.activation[hit]
         if error is not None:
-            error[number] = prompt - dictionary.decode(encoded)
+            known, skip = dictionary.decode(encoded), dictionary.skip(prompt)
+            error[number] = goal[number] - (known if skip is None else known + skip)
     return live, scale, error
 
 

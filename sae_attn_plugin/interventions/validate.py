@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.interventions.apply import FREEZABLE
+from sae_attn_plugin.interventions.apply import FREEZABLE, InterventionResult, intervene, read_by
 from sae_attn_plugin.interventions.edits import AddToStream
-from sae_attn_plugin.nodes import Feature, Logit, LogitDiff, Node, unquote
+from sae_attn_plugin.nodes import (
+    FEATURE_KINDS,
+    PASSING_KINDS,
+    Feature,
+    FeatureKind,
+    Logit,
+    LogitDiff,
+    Node,
+    unquote,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
     from matplotlib.figure import Figure
 
-    from sae_attn_plugin.lens import FeatureLens
+    from sae_attn_plugin.lens import FeatureLens, Run
 
-Site = Literal["embed", "attn_out", "mlp_out"]
-_SITES: dict[str, Site] = {
+_SiteName = Literal["embed", "attn_out", "mlp_out"]
+_SITES: dict[str, _SiteName] = {
     "embed": "embed",
     "pos": "embed",
     "attn": "attn_out",
@@ -30,7 +43,12 @@ _SITES: dict[str, Site] = {
     "attn_bias": "attn_out",
     "head": "attn_out",
     "mlp": "mlp_out",
+    **dict.fromkeys(("tc", "tc_skip", "tc_err", "tc_bias"), "mlp_out"),
+    **dict.fromkeys(("mlp_sae", "mlp_sae_err", "mlp_sae_bias"), "mlp_out"),
 }
+
+
+_Held = Mapping[str, frozenset[int]]  # by frozen part, the layers where it is held
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +190,7 @@ def validate(
             raise InputError(f"validate(max_sources={max_sources}): expected at least 1")
         influence = {name: graph.nodes[name].get("influence", 0.0) for name in sources}
         sources = sorted(sources, key=lambda name: -influence[name])[:max_sources]
+    measure = _Measure(run, graph)
     measured: dict[str, dict[tuple[str, str], float]] = {"frozen": {}, "free": {}}
     disable = None if progress is None else not progress
     for name in tqdm(sources, desc="validating", unit="source", disable=disable, leave=False):
@@ -181,14 +200,13 @@ def validate(
                 f"{name} writes nothing on this prompt with this model and these SAEs; the graph "
                 "was made with others"
             )
-        vector = run.writers.vectors[rows[node]]
+        vector = run.writers.full(np.array([rows[node]]))[0]
         edit = AddToStream(-vector, node.position, _SITES[node.kind], node.layer or 0)
         targets = [target for source, target in edges if source == name]
         for label, freeze in (("frozen", FREEZABLE), ("free", ())):
-            result = lens.intervene(run, [edit], freeze)
+            result = intervene(lens, run, [edit], freeze, reads=measure.reads)
             for target in targets:
-                effect = result.effect(_as_target(Node.parse(target)))
-                measured[label][name, target] = float(effect)
+                measured[label][name, target] = measure(result, Node.parse(target))
     return Validation(*(_agreement(edges, measured[label]) for label in ("frozen", "free")))
 
 
@@ -202,11 +220,121 @@ def _edges(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
     return dict(edges)
 
 
+class _Measure:
+    """What an intervention does to a node.
+
+    A feature or a logit is measured as it is. A node that passes on what it reads is a vector: it
+    is measured along the direction that the graph's own edges are about, which is found by
+    attributing the graph's targets again. What the MLP makes of its input is measured from the
+    model's live residual stream, with its activation ratios held where MLPs are.
+    """
+
+    def __init__(self, run: Run, graph: nx.DiGraph) -> None:
+        self.run = run
+        targets = {Node.parse(target) for _, target in graph.edges()}
+        kinds = {node.kind for node in targets}
+        self.reads = {
+            Site(name, node.layer)
+            for node in targets
+            if node.layer is not None and node.kind in ("head", "mlp", "mlp_sae")
+            for name in (("z",) if node.kind == "head" else ("resid_pre", "attn_out", "mlp_out"))
+        }
+        self.linear = None
+        if kinds & {"mlp", "mlp_sae"}:
+            self.linear = run.linear_mlps
+        self.directions: dict[Node, Tensor] = {}
+        if kinds & set(PASSING_KINDS):
+            self.directions = _directions(run, graph)
+
+    def __call__(self, result: InterventionResult, node: Node) -> float:
+        held = node.layer in result.held.get("mlp", ())
+        if node.kind in PASSING_KINDS:
+            if node not in self.directions:
+                raise InputError(
+                    f"{node} is not expanded when the graph's targets are attributed again; the "
+                    "graph was made with other settings"
+                )
+            direction = self.directions[node]
+            live, clean = (
+                self._written(node, values, result.held)
+                for values in (result.values, self.run.capture.values)
+            )
+            return float((live - clean) @ direction.to(live))
+        if node.kind == "mlp_sae" and held:
+            assert node.layer is not None
+            d = self.run.dictionary(node.layer, "mlp_sae")
+            live, clean = (
+                self._mlp(node, values, result.held)
+                for values in (result.values, self.run.capture.values)
+            )
+            frozen_mlp = self.run.frozen.layers[node.layer].mlp
+            assert frozen_mlp is not None
+            assert frozen_mlp.encoded is not None
+            row = d.encoder(torch.tensor([node.feature], device=live.device), live.dtype)[0]
+            scale = d.input_scale(frozen_mlp.encoded.scale)[node.position]
+            return float((live - clean) @ row / scale)
+        return float(result.effect(_as_target(node)))
+
+    def _written(self, node: Node, values: Mapping[Site, Tensor], held: _Held) -> Tensor:
+        """``[d_model]``, what a node adds to the residual stream, from the sites of a run."""
+        assert node.layer is not None
+        layer, at = self.run.frozen.layers[node.layer], node.position
+        if node.kind == "head":
+            z = values[Site("z", node.layer)][0, at, node.head].to(layer.z)
+            return layer.after((z @ layer.weights.W_O[node.head])[None], slice(at, at + 1))[0]
+        if node.kind == "mlp":
+            return self._mlp(node, values, held)
+        mlp = layer.mlp
+        assert mlp is not None
+        assert mlp.dictionary is not None
+        read = read_by(self.run, mlp.dictionary, values, held)[0, at].to(mlp.out)
+        skip = mlp.dictionary.skip(read)
+        assert skip is not None
+        return mlp.after(skip[None], slice(at, at + 1))[0]
+
+    def _mlp(self, node: Node, values: Mapping[Site, Tensor], held: _Held) -> Tensor:
+        assert node.layer is not None
+        mlp, at = self.run.frozen.layers[node.layer].mlp, node.position
+        assert mlp is not None
+        assert self.linear is not None
+        if node.layer not in held.get("mlp", ()):
+            return values[Site("mlp_out", node.layer)][0, at].to(mlp.out)
+        linear, g = self.linear[node.layer], self.run.lens.backend.geometry
+        stream = values[Site("resid_pre", node.layer)][0, at].to(mlp.out)
+        if not g.parallel:
+            stream = stream + values[Site("attn_out", node.layer)][0, at].to(mlp.out)
+        read = mlp.norm.apply(stream, mlp.scale[at])
+        out = ((read @ linear.W_in) * linear.ratio[at]) @ linear.W_out
+        if mlp.post_norm is None or mlp.post_scale is None:
+            return out
+        return mlp.post_norm.linear(out, mlp.post_scale[at])
+
+
+def _directions(run: Run, graph: nx.DiGraph) -> dict[Node, Tensor]:
+    """The gradient of the graph's targets at every node that passes on what it reads."""
+    known = graph.graph
+    targets = [_as_target(Node.parse(name)) for name in known["targets"]]
+    att = run.attribute(
+        targets,
+        weights=known.get("target_weights"),
+        mlp=known.get("mlp", "terminal"),
+        heads=known.get("heads", "terminal"),
+        node_budget=known.get("node_budget"),
+    )
+    flow = att.flow
+    if flow.passing is None or flow.directions is None:
+        return {}
+    return {
+        att.writers.node(int(row)): torch.from_numpy(direction)
+        for row, direction in zip(flow.passing, flow.directions, strict=True)
+    }
+
+
 def _as_target(node: Node) -> Feature | Logit | LogitDiff:
-    if node.kind == "attn":
+    if node.kind in FEATURE_KINDS:
         assert node.layer is not None
         assert node.feature is not None
-        return Feature(node.layer, node.feature, node.position)
+        return Feature(node.layer, node.feature, node.position, cast(FeatureKind, node.kind))
     if node.kind == "score":
         raise InputError(f"{node} cannot be measured: interventions do not read attention scores")
     if node.kind == "direction":
