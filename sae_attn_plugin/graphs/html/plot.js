@@ -295,9 +295,9 @@
     /** Bring an item into view. */
     reveal(item) {
       const [x, y] = this.screen(item);
-      const right = this.width - MARGIN.right - 20;
-      const bottom = this.height - MARGIN.bottom - 20;
-      if (x > MARGIN.left + 20 && x < right && y > MARGIN.top + 20 && y < bottom) return;
+      const right = this.width - MARGIN.right;
+      const bottom = this.height - MARGIN.bottom;
+      if (x > MARGIN.left && x < right && y > MARGIN.top && y < bottom) return;
       this.view.x += this.width / 2 - x;
       this.view.y += this.height / 2 - y;
       this.clampView();
@@ -482,8 +482,8 @@
         const node = this.tokenElements[i];
         if (!node) return;
         const at = column.middle * k + x;
-        const wide = tight ? 13 : (this.tokenWidths[i] || 10) + 6;
-        const room = column.filled || at - wide / 2 > free;
+        const wide = tight ? 11 : (this.tokenWidths[i] || 10) + 6;
+        const room = at - wide / 2 > free || this.litPosition === i || (column.filled && !tight);
         const out = at < MARGIN.left - 6 || at > this.width - 4 || !room;
         if (!out) free = at + wide / 2;
         node.classList.toggle("is-out", out);
