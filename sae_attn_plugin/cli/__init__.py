@@ -15,6 +15,7 @@ from sae_attn_plugin.cli.demo import demo
 from sae_attn_plugin.cli.evaluate import evaluate
 from sae_attn_plugin.cli.export import export
 from sae_attn_plugin.cli.graph import graph
+from sae_attn_plugin.cli.study import study
 from sae_attn_plugin.cli.train import train
 
 __all__ = ["app", "main"]
@@ -52,5 +53,5 @@ def _options(
     pass
 
 
-for _command in (demo, graph, export, train, evaluate):
+for _command in (demo, graph, export, train, evaluate, study):
     app.command()(_command)

@@ -1,10 +1,12 @@
 """The paper's studies, each a function of a lens that returns a :class:`Study`.
 
-``prefix``: long- and short-prefix induction heads. ``induction_feature``: features that say "X is
-next by induction", against the text. ``ioi_features``: which features carry the logit difference.
-``ioi_positions``: what attention knows about the order of the names. ``ioi_circuit``: what the SAEs
-keep of the circuit, and paths from features to heads. ``qk_variance``: how much of a score's variance
-a few pairs of features explain (its result is a :class:`QKVariance`).
+- ``quality``: how good the SAEs are.
+- ``prefix``: long- and short-prefix induction heads.
+- ``induction_feature``: features that say "X is next by induction", against the text.
+- ``ioi_features``: which features carry the logit difference.
+- ``ioi_positions``: what attention knows about the order of the names.
+- ``ioi_circuit``: what the SAEs keep of the circuit, and paths from features to heads.
+- ``qk_variance``: how much of a score's variance a few pairs of features explain.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from sae_attn_plugin.studies.ioi_features import ioi_features
 from sae_attn_plugin.studies.ioi_positions import ioi_positions
 from sae_attn_plugin.studies.prefix import prefix
 from sae_attn_plugin.studies.qk import QKVariance, qk_variance
+from sae_attn_plugin.studies.quality import quality
 from sae_attn_plugin.studies.result import Study, load_study
 
 __all__ = [
@@ -27,4 +30,5 @@ __all__ = [
     "load_study",
     "prefix",
     "qk_variance",
+    "quality",
 ]
