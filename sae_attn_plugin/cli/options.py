@@ -54,7 +54,8 @@ def parse_target(target: str | None, wrong: str | None, position: int | None) ->
             )
         if wrong is not None or position is not None:
             raise InputError(f"--wrong and --position go with a token, not with {target!r}")
-        return sap.Feature(*(int(number) for number in match.groups()))
+        layer, feature, at = (int(number) for number in match.groups())
+        return sap.Feature(layer, feature, at)
     at = -1 if position is None else position
     if wrong is not None:
         return sap.LogitDiff(parse_token(target), parse_token(wrong), at)
