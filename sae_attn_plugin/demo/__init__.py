@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 __all__ = [
     "MODEL_PATH",
     "SAES_PATH",
+    "TRANSCODERS_PATH",
     "IOIPrompt",
     "circuits",
     "ioi_prompt",
     "load",
     "load_model",
     "load_saes",
+    "load_transcoders",
 ]
 
 MODEL_PATH = Path(__file__).parent / "model"
 SAES_PATH = Path(__file__).parent / "saes"
+TRANSCODERS_PATH = Path(__file__).parent / "transcoders"
 
 
 class IOIPrompt(str):
@@ -55,16 +58,18 @@ def ioi_prompt() -> IOIPrompt:
     return prompt
 
 
-def load(backend: Host = "transformer_lens") -> FeatureLens:
+def load(backend: Host = "transformer_lens", *, transcoders: bool = False) -> FeatureLens:
     """The demo model with its SAEs, ready for prompts.
 
     Args:
         backend: ``"transformer_lens"`` (``HookedTransformer``), ``"transformer_bridge"`` or
             ``"nnsight"``.
+        transcoders: with a transcoder for every MLP, too.
     """
     from sae_attn_plugin.lens import FeatureLens
 
-    return FeatureLens(load_model(backend), load_saes())
+    of_mlps = load_transcoders() if transcoders else None
+    return FeatureLens(load_model(backend), load_saes(), transcoders=of_mlps)
 
 
 def load_model(backend: Host = "transformer_lens") -> Any:
@@ -79,6 +84,13 @@ def load_saes() -> dict[str, Any]:
     from sae_attn_plugin.dictionaries import load_saes as load_any
 
     return load_any(SAES_PATH)
+
+
+def load_transcoders() -> dict[str, Any]:
+    """The demo transcoders by hook name, as plain sae_lens transcoders."""
+    from sae_attn_plugin.dictionaries import load_saes as load_any
+
+    return load_any(TRANSCODERS_PATH)
 
 
 def __getattr__(name: str) -> Any:
