@@ -163,7 +163,8 @@ def evaluate(
 
     Returns:
         The measurement. Intervals are percentile intervals of the bootstrap; the mean of z is held
-        fixed. That of ``dead`` is symmetric, from the delete-one jackknife: a bootstrap sample has
+        fixed. A recovered share has none (NaN) where the interval of what the ablation costs holds
+        0. That of ``dead`` is symmetric, from the delete-one jackknife: a bootstrap sample has
         fewer distinct sequences than the data, and so always more features that fire nowhere.
 
     Raises:
@@ -462,6 +463,8 @@ class _Sums:
             name: bootstrap(rows, ratio, level=level, resamples=resamples, seed=seed)
             for name, ratio in _RATIOS.items()
         }
+        for ablated in ("zero", "mean"):
+            found[f"recovered_{ablated}"] = self._recovered(rows, ablated, level, resamples, seed)
         dead = float((self.sequences == 0).mean())
         margin = dead_margin(self.sequences, self.last, self.n, level)
         found["dead"] = Interval(dead, max(0.0, dead - margin), min(1.0, dead + margin), self.n)
@@ -471,6 +474,26 @@ class _Sums:
         value = float((self.density > DENSE).mean())
         found["dense"] = Interval(value, float(low), float(high), self.n)
         return found
+
+    @staticmethod
+    def _recovered(
+        rows: Float[np.ndarray, "row sum"], ablated: str, level: float, resamples: int, seed: int
+    ) -> Interval:
+        """Share of what an ablation costs that the SAE keeps."""
+        worst, here, clean = (_SUMS.index(name) for name in (ablated, "spliced", "clean"))
+
+        def cost(means: np.ndarray) -> np.ndarray:
+            return means[..., worst] - means[..., clean]
+
+        def share(means: np.ndarray) -> np.ndarray:
+            return (means[..., worst] - means[..., here]) / cost(means)
+
+        # A share of what may be nothing has no interval.
+        spread = bootstrap(rows, cost, level=level, resamples=resamples, seed=seed)
+        if not (spread.low > 0 or spread.high < 0):
+            value = share(rows.mean(0)) if spread.value else np.nan
+            return Interval(float(value), np.nan, np.nan, len(rows))
+        return bootstrap(rows, share, level=level, resamples=resamples, seed=seed)
 
     def histogram(self, layer: int, level: float) -> list[dict[str, Any]]:
         replicates = self.replicates / np.maximum(self.replicate_positions, 1)
@@ -499,22 +522,12 @@ def _per(name: str, of: str) -> Callable[[np.ndarray], np.ndarray]:
     return lambda means: means[..., top] / means[..., bottom]
 
 
-def _recovered(ablated: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Share of what an ablation costs that the SAE keeps."""
-    worst, here, clean = (_SUMS.index(name) for name in (ablated, "spliced", "clean"))
-    return lambda means: (
-        (means[..., worst] - means[..., here]) / (means[..., worst] - means[..., clean])
-    )
-
-
 _RATIOS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "l0": _per("l0", "positions"),
     "l1": _per("l1", "positions"),
     "mse": _per("squared_error", "positions"),
     "fvu": _per("squared_error", "variance"),
     **{f"ce_{name}": _per(name, "targets") for name in ("clean", "spliced", "zero", "mean")},
-    "recovered_zero": _recovered("zero"),
-    "recovered_mean": _recovered("mean"),
 }
 
 
@@ -576,7 +589,7 @@ def _run_evals(
         dictionaries.items(), desc="sae_lens' run_evals", unit="layer", disable=not progress
     ):
         sae = dictionary.source
-        hook_name = None if sae is None else sae.cfg.metadata.hook_name
+        hook_name: Any = None if sae is None else sae.cfg.metadata.hook_name
         if hook_name not in model.hook_dict or not bool(_own(dictionary).all()):
             continue  # single heads, which run_evals sees as another size; names it does not have
         if is_folded(dictionary.metadata):
@@ -674,7 +687,7 @@ def _draw(evaluation: Evaluation) -> Figure:
     intervals(recovered, "recovered_mean", "against mean ablation", 0.06, "C1")
     recovered.axhline(1, color="0.8", zorder=0)
     recovered.set(title="Cross-entropy recovered", ylabel="share")
-    recovered.yaxis.set_major_formatter(PercentFormatter(1))
+    recovered.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     recovered.legend(frameon=False)
     intervals(sparsity, "l0", "L0", 0, "C0")
     sparsity.set(title="Active features per position (L0)", ylabel="features")
@@ -684,7 +697,7 @@ def _draw(evaluation: Evaluation) -> Figure:
     intervals(error, "dense", f"features above {DENSE:.0%} density", 0.06, "C2")
     error.set(title="Unexplained variance, dead and dense features", ylabel="share")
     error.set_ylim(bottom=0)
-    error.yaxis.set_major_formatter(PercentFormatter(1))
+    error.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     error.legend(frameon=False)
     for panel in (recovered, sparsity, error):
         panel.set_xlabel("layer")

@@ -11,7 +11,15 @@ import typer
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import Backend, Dtype, check_device
 from sae_attn_plugin.cli.screen import session
-from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, parse_layers, sampled
+from sae_attn_plugin.cli.text import (
+    DATA_HELP,
+    DEMO,
+    SAMPLE_HELP,
+    check_text,
+    load,
+    parse_layers,
+    sampled,
+)
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import check_writable
 
@@ -19,11 +27,13 @@ _SHARES = ("fvu", "recovered_zero", "recovered_mean", "dead", "dense")
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="A folder in Hugging Face format, or a hub name.")],
+    model: Annotated[
+        str, typer.Option(help=f"A folder in Hugging Face format, a hub name, or {DEMO}.")
+    ],
     saes: Annotated[
         str, typer.Option(help="A folder with attention-z SAEs, or a sae_lens release.")
     ],
-    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} {DEMO}: the demo's own.")] = None,
     sample: Annotated[int | None, typer.Option(help=SAMPLE_HELP)] = None,
     rows: Annotated[int, typer.Option(help="Rows to read from --data.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens in a row.")] = 128,
@@ -68,16 +78,17 @@ def evaluate(
 
         check_device(device)
         with screen.busy(f"loading {model}"):
-            known_as = Path(model).name if Path(model).is_dir() else None
-            host = sap.load_model(
-                model, backend.value, device, getattr(torch, dtype.value), model_name=known_as
-            )
+            host = load(model, backend.value, device, getattr(torch, dtype.value))
         with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():
             dictionaries = sap.load_saes(saes, device=device)
         with screen.busy("checking the model"):
             lens = sap.FeatureLens(host, dictionaries)
         if sample is not None:
             text = sampled(host, model, sample, context, seed, device)
+        elif data == DEMO:
+            from sae_attn_plugin.demo.language import held_out_rows
+
+            text = torch.tensor(held_out_rows(rows, context, seed))
         else:
             assert data is not None
             text = read_rows(
@@ -107,7 +118,8 @@ def evaluate(
         )
         table: Any = result.table
         for title, names in (
-            ("Sparsity and error", ("l0", "l1", "mse", "fvu", "dead", "dense")),
+            ("Sparsity", ("l0", "l1", "dead", "dense")),
+            ("Error of the reconstruction", ("mse", "fvu")),
             ("Cross-entropy, nats per token", ("ce_clean", "ce_spliced", "ce_zero", "ce_mean")),
             ("Cross-entropy recovered", ("recovered_zero", "recovered_mean")),
         ):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DATA_HELP = (
     "Text: a .txt, .jsonl or .parquet file, a folder saved by datasets, or a data set on the hub."
 )
+DEMO = "sae-attn-demo"
 SAMPLE_HELP = "Instead of --data: so many rows that the model writes itself."
 
 
@@ -25,6 +26,16 @@ def check_text(data: str | None, sample: int | None) -> None:
     endings = (".txt", ".jsonl", ".json", ".parquet")
     if data is not None and data.endswith(endings) and not Path(data).is_file():
         raise InputError(f"no such file: {data}")
+
+
+def load(name: str, backend: str, device: str, dtype: Any) -> Any:
+    """A model by folder or name, called by the folder's name; ``sae-attn-demo``: the demo model."""
+    import sae_attn_plugin as sap
+
+    if name == DEMO:
+        return sap.demo.load_model(backend)  # type: ignore[arg-type]
+    known_as = Path(name).name if Path(name).is_dir() else None
+    return sap.load_model(name, backend, device, dtype, model_name=known_as)  # type: ignore[arg-type]
 
 
 def sampled(model: Any, name: str, n: int, context: int, seed: int, device: str) -> Tensor:

@@ -10,7 +10,7 @@ import typer
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import Backend, check_device
 from sae_attn_plugin.cli.screen import session
-from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, parse_layers, sampled
+from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, load, parse_layers, sampled
 from sae_attn_plugin.errors import FileError, InputError
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -67,6 +67,8 @@ def train(
         if out.exists() and not out.is_dir():
             raise FileError(f"cannot write to {out}: it is not a folder")
         screen.hush()
+        import torch
+
         from sae_attn_plugin.recipes import RECIPES
         from sae_attn_plugin.training import recipe as make
         from sae_attn_plugin.training import train as run
@@ -80,12 +82,7 @@ def train(
         check_device(device)
         name = recipe if model is None else model
         with screen.busy(f"loading {name}"):
-            if name == "sae-attn-demo":
-                host = sap.demo.load_model(backend.value)
-            else:
-                # A folder is not where the SAEs will be used; its name is.
-                known_as = Path(name).name if Path(name).is_dir() else None
-                host = sap.load_model(name, backend.value, device, model_name=known_as)
+            host = load(name, backend.value, device, torch.float32)
             hooked: Any = sap.hooked(host)
         wanted = parse_layers(layers, hooked.cfg.n_layers)
         kind = hooked if recipe == "generic" else recipe

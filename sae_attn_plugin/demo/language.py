@@ -36,11 +36,13 @@ __all__ = [
     "IOIExample",
     "build_tokenizer",
     "encode",
+    "held_out_rows",
     "ioi_example",
     "is_held_out",
     "random_ids",
     "repeated_random_tokens",
     "token_rows",
+    "training_batch",
     "vocabulary",
 ]
 
@@ -561,3 +563,8 @@ def training_batch(seed: int, step: int, rows: int = 64) -> list[list[int]]:
     """Rows of 64 tokens; every sixth batch has half as many rows of 128. The same each time."""
     n, length = (rows // 2, 128) if step % 6 == 5 else (rows, 64)
     return token_rows(random.Random(f"{seed}:{step}"), n, length)
+
+
+def held_out_rows(n_rows: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Rows of the training mixture to measure on: fresh seed, IOI sentences held out."""
+    return token_rows(random.Random(f"measure:{seed}"), n_rows, length, held_out=True)
