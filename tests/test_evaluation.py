@@ -88,7 +88,7 @@ def test_agrees_with_run_evals_without_special_tokens(architecture: str) -> None
 def test_numbers_against_plain_forward_passes() -> None:
     """L0, error, mean ablation and densities, by torch hooks on the bare model."""
     model = tiny_gpt2()
-    sae = random_sae(1, 30)
+    sae: Any = random_sae(1, 30)
     found = sap.evaluate(
         sap.FeatureLens(model, [sae]), ROWS, rows_at_once=5, resamples=10, progress=False
     )
@@ -132,7 +132,7 @@ def test_numbers_against_plain_forward_passes() -> None:
 
 def test_a_perfect_and_an_empty_sae() -> None:
     model = tiny_gpt2()
-    sae = random_sae(1, 30, d_sae=60)
+    sae: Any = random_sae(1, 30, d_sae=60)
     with torch.no_grad():  # z = relu(z) - relu(-z)
         sae.W_enc.copy_(torch.cat([torch.eye(30), -torch.eye(30)], 1))
         sae.W_dec.copy_(sae.W_enc.T)
@@ -222,9 +222,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
             weights = rng.poisson(1.0, (20, len(rows[part]))).astype(np.float32)
             sums.add(rows[part], counts[part].astype(np.float32), weights)
         found = sums.values(0.95, 200, 0)
-        truths = {"dead": dead, "l0": chance.sum()}
-        for name, truth in truths.items():
-            hits[name] += found[name].low <= truth <= found[name].high
+        hits["dead"] += found["dead"].low <= dead <= found["dead"].high
+        hits["l0"] += found["l0"].low <= chance.sum() <= found["l0"].high
     assert 0.88 <= hits["l0"] / trials <= 1
     assert 0.9 <= hits["dead"] / trials <= 1
 
@@ -272,7 +271,7 @@ def test_files(tmp_path: Path) -> None:
 
 def test_bad_input() -> None:
     lens = lens_of()
-    for data, message in (
+    given: list[tuple[Any, str]] = [
         ([], "empty"),
         (torch.zeros(0, 5, dtype=torch.long), "empty"),
         (list, "empty"),
@@ -281,7 +280,8 @@ def test_bad_input() -> None:
         (torch.full((2, 4), 99), "token ids"),
         ("w3 w4", "one string"),
         (iter([ROWS]), "only once"),
-    ):
+    ]
+    for data, message in given:
         with pytest.raises(InputError, match=message):
             sap.evaluate(lens, data, progress=False)
     with pytest.raises(InputError, match="no SAE in layer 1"):

@@ -17,8 +17,8 @@ def as_backend(model: Any, tokenizer: Any = None, remote: bool | str = False) ->
         InputError: for an object that is none of the known kinds of model, and for ``remote`` with
             a host other than nnsight.
     """
-    # A model under our own hook points is seen as the model itself.
-    model = getattr(model, "model", model) if type(model).__name__ == "HookedModel" else model
+    if type(model).__name__ == "HookedModel":  # our own hook points, seen through
+        tokenizer, model = tokenizer or model.tokenizer, model.model
     names = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
     on_nnsight = names & {"transformers.PreTrainedModel", "nnsight.NNsight", "nnsight.Envoy"}
     if remote and not on_nnsight:
