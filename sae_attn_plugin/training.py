@@ -613,6 +613,12 @@ def cache_activations(
     model = hooked(model)
     if cfg.hook_name not in model.hook_dict:
         raise InputError(f"no hook point {cfg.hook_name!r} on {model.cfg.model_name}")
+    g = model.cfg
+    if cfg.hook_name.endswith("hook_z") and cfg.d_in != g.n_heads * g.d_head:
+        raise InputError(
+            f"d_in {cfg.d_in}, but hook_z of {g.model_name} is {g.n_heads} heads x {g.d_head} = "
+            f"{g.n_heads * g.d_head} wide; sae_lens caches all heads of a layer, never one"
+        )
     # Its __init__ would load a model by name; the rest is as sae_lens has it.
     runner = object.__new__(caching.CacheActivationsRunner)
     runner.cfg, runner.model = cfg, model

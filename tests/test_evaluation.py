@@ -166,6 +166,19 @@ def test_single_heads_leave_the_others_alone() -> None:
     assert found["sae_lens"].isna().all()
 
 
+def test_an_error_in_run_evals_leaves_the_sae_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sae_lens.evals
+
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    lens = lens_of()
+    monkeypatch.setattr(sae_lens.evals, "get_downstream_reconstruction_metrics", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sap.evaluate(lens, ROWS, resamples=5, progress=False)
+    assert lens.dictionaries[0].source.hook_z_reshaping_mode
+
+
 def test_streams_and_batches_give_the_same() -> None:
     lens = lens_of()
     options: dict[str, Any] = {"resamples": 20, "sae_lens": False, "progress": False}

@@ -31,6 +31,7 @@ from sae_attn_plugin.training import cache_activations, recipe
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 TOKENS = torch.randint(2, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+Z = "blocks.1.attn.hook_z"
 SITES = {
     "hook_resid_pre": "resid_pre",
     "attn.hook_v": "v",
@@ -189,6 +190,10 @@ def test_a_hook_that_does_not_exist_raises_everywhere(tmp_path: Path) -> None:
         cfg = CacheActivationsRunnerConfig(**_caching(tmp_path), hook_name=wrong, d_in=30)
         with pytest.raises(InputError, match="no hook point"):
             cache_activations(cfg, model, _dataset())
+    # sae_lens' caching runner knows no single heads.
+    cfg = CacheActivationsRunnerConfig(**_caching(tmp_path), hook_name=Z, d_in=6)
+    with pytest.raises(InputError, match="never one"):
+        cache_activations(cfg, model, _dataset())
     with pytest.raises(InputError, match=r"did you mean blocks.1.attn.hook_z"):
         model.run_with_cache(TOKENS, names_filter="blocks.1.hook_z")
     with pytest.raises(InputError, match="filter finds no"):
@@ -244,6 +249,41 @@ def test_hosts_come_back_as_they_should() -> None:
     assert lens.backend.host == "nnsight"
 
 
+def test_a_bridge_that_had_saes_attached_keeps_its_hook_points() -> None:
+    """sae_lens' SAETransformerBridge: its own alias hooks never fire, and attaching breaks more."""
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    model = tiny_gpt2()
+    theirs = bridge(model)
+    theirs.__class__ = SAETransformerBridge
+    theirs._acts_to_saes, theirs._transcoder_output_hooks = {}, {}
+    ours = HookedModel(theirs)
+    name = "blocks.1.attn.hook_z"
+    with torch.no_grad():
+        before = ours.run_with_cache(TOKENS, names_filter=name)[1][name]
+        expected = HookedModel(model).run_with_cache(TOKENS, names_filter=name)[1][name]
+        torch.testing.assert_close(before, expected, atol=1e-5, rtol=1e-5)
+        sae = random_sae(1, 30)
+        sae.cfg.metadata.hook_name = "blocks.1.attn.o.hook_in"
+        sae.turn_off_forward_pass_hook_z_reshaping()
+        theirs.add_sae(sae)
+        theirs.reset_saes()
+        after = ours.run_with_cache(TOKENS, names_filter=name)[1][name]
+        assert after.shape == (2, 9, 5, 6)
+        assert torch.equal(before, after)
+        edited = ours.run_with_hooks(TOKENS, fwd_hooks=[(name, _halve)])
+        assert not torch.allclose(edited, ours(TOKENS))
+
+
+def test_a_hook_point_that_is_not_reached_raises() -> None:
+    model = tiny_gpt2()
+    ours = HookedModel(model)
+    # a block that calls none of its modules
+    model.transformer.h[1].forward = lambda x, *_, **__: x
+    with pytest.raises(BackendError, match=r"never reached.*blocks.1.attn.hook_z"):
+        ours.run_with_cache(TOKENS, names_filter="blocks.1.attn.hook_z")
+
+
 # -- sae_lens' tools -------------------------------------------------------------------------------
 
 
@@ -287,7 +327,9 @@ def _caching(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sae_lens_tools_see_the_same_z_on_every_host(name: str, tmp_path: Path) -> None:
+def test_sae_lens_tools_see_the_same_z_on_every_host(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Store, training runner, run_evals and caching runner, on Hugging Face and on TL."""
     model = RECIPES[name].build()
     hosts = {
@@ -299,7 +341,10 @@ def test_sae_lens_tools_see_the_same_z_on_every_host(name: str, tmp_path: Path) 
     seen: dict[str, list[torch.Tensor]] = {}
     for host, hosted in hosts.items():
         store = _store(hosted)
+        caplog.clear()
         z = store.get_activations(TOKENS)
+        if host != "hooked_transformer":  # where sae_lens logs an error for every batch
+            assert not caplog.records
         torch.manual_seed(0)  # of the mixing buffer and the SAE
         sae_config = StandardTrainingSAEConfig(
             d_in=d_in, d_sae=24, l1_coefficient=0.1, reshape_activations="hook_z"

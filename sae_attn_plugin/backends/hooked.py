@@ -51,11 +51,12 @@ HOOKS = (
 class _Tap:
     """Where a hook point is in the host: which side of which module, and how its tensor is shaped.
 
+    ``path`` is followed anew for every forward pass, since sae_lens replaces modules of a bridge.
     ``take`` gives the hook point's tensor; ``put`` the module's own from the old one and the new
     tensor, or is None where the host does not read the value again.
     """
 
-    module: nn.Module
+    path: str
     side: Literal["input", "output"]
     take: Callable[[Any], Any]
     put: Callable[[Any, Tensor], Any] | None
@@ -179,11 +180,21 @@ class HookedModel(HookedRootModule):
             )
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f"return_type={return_type!r}; known: logits, loss, both, None")
+        if stop_at_layer is not None:
+            layer = stop_at_layer + self.cfg.n_layers * (stop_at_layer < 0)
+            if not 0 <= layer <= self.cfg.n_layers:
+                raise InputError(
+                    f"stop_at_layer {stop_at_layer}; the model has {self.cfg.n_layers} layers"
+                )
+            stop_at_layer = layer
+        logits = residual = None
         with self._tapped(stop_at_layer):
             try:
                 logits = self._logits(tokens, options)
             except _Stop as stop:
-                return stop.residual
+                residual = stop.residual
+        if logits is None:
+            return residual
         if return_type is None:
             return None
         if return_type == "logits":
@@ -265,28 +276,31 @@ class HookedModel(HookedRootModule):
     # -- taps --------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _tapped(self, stop_at_layer: int | None) -> Iterator[None]:
+    def _tapped(self, stop: int | None) -> Iterator[None]:
         """Connect the hook points that have hooks with the host, for one forward pass."""
-        handles = []
+        handles, waiting = [], set()
         try:
             for (name, layer), tap in self._taps.items():
                 point = self.hook_dict[f"blocks.{layer}.{name}"]
                 if not point._forward_hooks and not point._backward_hooks:
                     continue
+                module = submodule(self.model, tap.path)
                 if tap.side == "input":
-                    hook = _input_hook(tap, point)
-                    handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
+                    hook = _input_hook(tap, point, waiting)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:
-                    handles.append(tap.module.register_forward_hook(_output_hook(tap, point)))
-            if stop_at_layer is not None:
-                stop = stop_at_layer + self.cfg.n_layers * (stop_at_layer < 0)
-                if not 0 <= stop <= self.cfg.n_layers:
-                    raise InputError(
-                        f"stop_at_layer {stop_at_layer}; the model has {self.cfg.n_layers} layers"
-                    )
+                    handles.append(module.register_forward_hook(_output_hook(tap, point, waiting)))
+                if stop is None or layer < stop:
+                    waiting.add(point.name)
+            if stop is not None:
                 # Last of all, so that hooks at the same place have seen their value.
                 handles.append(self._stops[stop].register_forward_pre_hook(_stop, with_kwargs=True))
             yield
+            if waiting:
+                raise BackendError(
+                    f"{self.cfg.model_name}: these hook points were never reached, although the "
+                    f"model ran: {', '.join(sorted(waiting))}. Load the model afresh"
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -393,29 +407,27 @@ def _huggingface_taps(
         return value.unflatten(-1, (g.n_heads, g.d_head))
 
     for layer in range(g.n_layers):
-        block = blocks[layer]
-        at = {
-            key: submodule(block, path)
-            for key, path in vars(row).items()
-            if key in ("attention", "out_projection", "values", "mlp", "post_norm", "mlp_post_norm")
-            and path is not None
-        }
+        block = f"{row.blocks}.{layer}"
         found = {
             "hook_resid_pre": _Tap(block, "input", _same, _new),
             "attn.hook_v": _Tap(
-                at["values"],
+                f"{block}.{row.values}",
                 "output",
                 lambda out: select_values(out, row.layout, g.n_kv_heads, g.d_head),
                 lambda out, v: replace_values(out, row.layout, v),
             ),
             "attn.hook_z": _Tap(
-                at["out_projection"], "input", heads, lambda _old, z: z.flatten(-2)
+                f"{block}.{row.out_projection}", "input", heads, lambda _old, z: z.flatten(-2)
             ),
-            "attn.hook_pattern": _Tap(at["attention"], "output", lambda out: out[1], None),
+            "attn.hook_pattern": _Tap(
+                f"{block}.{row.attention}", "output", lambda out: out[1], None
+            ),
             "hook_attn_out": _Tap(
-                at.get("post_norm", at["out_projection"]), "output", _first, _put_first
+                f"{block}.{row.post_norm or row.out_projection}", "output", _first, _put_first
             ),
-            "hook_mlp_out": _Tap(at.get("mlp_post_norm", at["mlp"]), "output", _first, _put_first),
+            "hook_mlp_out": _Tap(
+                f"{block}.{row.mlp_post_norm or row.mlp}", "output", _first, _put_first
+            ),
             "hook_resid_post": _Tap(block, "output", _first, _put_first),
         }
         taps |= {(name, layer): tap for name, tap in found.items()}
@@ -443,11 +455,10 @@ def _bridge_taps(bridge: Any) -> tuple[Geometry, _Taps, list[nn.Module]]:
         paths = {name: backend.hook_name(Site(site, layer)) for name, site in sites.items()}
         paths["hook_resid_post"] = f"blocks.{layer}.hook_out"
         for name, path in paths.items():
-            point = submodule(bridge, path)
             if name in shapes:
-                tap = _Tap(point, "output", _reshaped(shapes[name]), _as_before)
+                tap = _Tap(path, "output", _reshaped(shapes[name]), _as_before)
             else:
-                tap = _Tap(point, "output", _first, _put_first)
+                tap = _Tap(path, "output", _first, _put_first)
             taps[name, layer] = tap
     return g, taps, [*bridge.blocks, bridge.ln_final]
 
@@ -487,8 +498,9 @@ def _is_view(value: Tensor, whole: Tensor) -> bool:
     return value.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def _input_hook(tap: _Tap, point: HookPoint) -> Any:
+def _input_hook(tap: _Tap, point: HookPoint, waiting: set[str | None]) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        waiting.discard(point.name)
         if args:
             return (_through(tap, point, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": _through(tap, point, kwargs["hidden_states"])}
@@ -496,8 +508,12 @@ def _input_hook(tap: _Tap, point: HookPoint) -> Any:
     return hook
 
 
-def _output_hook(tap: _Tap, point: HookPoint) -> Any:
-    return lambda _module, _args, out: _through(tap, point, out)
+def _output_hook(tap: _Tap, point: HookPoint, waiting: set[str | None]) -> Any:
+    def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
+        waiting.discard(point.name)
+        return _through(tap, point, out)
+
+    return hook
 
 
 def _stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
