@@ -581,7 +581,10 @@ def _the_one_of(given: list[Dictionary]) -> Dictionary:
 
 
 def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
-    """Load every attention-z SAE of a release or a folder, by SAE id.
+    """Load every SAE of a release or a folder, by SAE id.
+
+    SAEs on z come as :class:`AttentionSAE` where their heads are known; one that was saved without
+    reshaping is repaired with a warning.
 
     Args:
         source: a sae_lens release name such as ``"gpt2-small-hook-z-kk"``, a folder that holds one

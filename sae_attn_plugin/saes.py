@@ -145,10 +145,15 @@ class _HeadGeometry:
     def _is_split(self, x: Tensor) -> bool:
         return tuple(x.shape[-2:]) == (self.n_heads, self.d_head)
 
+    def _is_side_by_side(self, x: Tensor) -> bool:
+        """z of all heads flat, as sae_lens' bridge gives it to an SAE of one head."""
+        return x.shape[-1] == self.n_heads * self.d_head != self.cfg.d_in
+
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         # Before the cast to the SAE's dtype: other heads pass through untouched.
-        if self.head is not None and self.hook_z_reshaping_mode and self._is_split(sae_in):
-            self._beside = sae_in
+        if self.head is not None:
+            whole = self._is_split if self.hook_z_reshaping_mode else self._is_side_by_side
+            self._beside = sae_in if whole(sae_in) else None
         return super().process_sae_in(sae_in)  # type: ignore[misc]
 
     def reshape_fn_in(self, x: Tensor) -> Tensor:
@@ -158,16 +163,18 @@ class _HeadGeometry:
                 return x.flatten(-2) if self.head is None else x[..., self.head, :]
             if self.head is None and shape[-1] == self.cfg.d_in:
                 return x
-            flat = "" if self.head is not None else f" or [..., {self.cfg.d_in}]"
+            flat, more = f" or [..., {self.cfg.d_in}]", ""
+            if self.head is not None:
+                flat, more = (
+                    "",
+                    "; for the head's z alone, call turn_off_forward_pass_hook_z_reshaping()",
+                )
             raise InputError(
                 f"{self._name()} takes z as [..., {heads[0]}, {heads[1]}] (heads, d_head){flat}, "
-                f"got {shape}"
-                + (
-                    ""
-                    if self.head is None
-                    else "; for the head's z alone, call turn_off_forward_pass_hook_z_reshaping()"
-                )
+                f"got {shape}{more}"
             )
+        if self.head is not None and self._is_side_by_side(x):
+            return x.unflatten(-1, heads)[..., self.head, :]
         if shape[-1] != self.cfg.d_in:
             raise InputError(
                 f"{self._name()} takes [..., {self.cfg.d_in}] while its reshaping is off, got "
@@ -177,20 +184,22 @@ class _HeadGeometry:
         return x
 
     def reshape_fn_out(self, x: Tensor, d_head: int | None) -> Tensor:  # noqa: ARG002
-        if not self.hook_z_reshaping_mode:
-            return x
         if self.head is None:
-            return x.unflatten(-1, (self.n_heads, self.d_head))
+            split = self.hook_z_reshaping_mode
+            return x.unflatten(-1, (self.n_heads, self.d_head)) if split else x
         beside, self._beside = self._beside, None
-        if beside is None or beside.shape[:-2] != x.shape[:-1]:
+        if beside is None and not self.hook_z_reshaping_mode:
+            return x
+        lead = 2 if self.hook_z_reshaping_mode else 1
+        if beside is None or beside.shape[:-lead] != x.shape[:-1]:
             raise InputError(
                 f"{self._name()} leaves the other heads as they are, so decode needs the z that "
                 "encode was given just before; for the head alone, call "
                 "turn_off_forward_pass_hook_z_reshaping()"
             )
-        out = beside.clone()
+        out = beside.reshape(*x.shape[:-1], self.n_heads, self.d_head).clone()
         out[..., self.head, :] = x.to(out.dtype)
-        return out
+        return out.reshape(beside.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of ``x``, in the shape of ``x``."""

@@ -14,6 +14,9 @@ from datasets import Dataset
 from helpers import hooked_sae_transformer, tiny_gpt2, word_tokenizer
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file, save_file
 
 import sae_attn_plugin as sap
@@ -78,8 +81,12 @@ def model() -> Any:
     return hooked_sae_transformer(tiny_gpt2(), word_tokenizer())
 
 
+def rows() -> Dataset:
+    tokens = torch.randint(2, 60, (3200, 16), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"input_ids": tokens.tolist()})
+
+
 def train(model: Any, config: Any, out: Path, hook: str = HOOK, **options: Any) -> Path:
-    rows = torch.randint(2, 60, (3200, 16), generator=torch.Generator().manual_seed(0))
     settings: dict[str, Any] = dict(
         sae=config,
         model_name="tiny",
@@ -104,7 +111,7 @@ def train(model: Any, config: Any, out: Path, hook: str = HOOK, **options: Any) 
     )
     LanguageModelSAETrainingRunner(
         LanguageModelSAERunnerConfig(**{**settings, **options}),
-        override_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
+        override_dataset=rows(),
         override_model=model,
     ).run()
     return out
@@ -188,6 +195,48 @@ def test_saved_saes_splice_the_same_where_this_package_is_not(
             assert (features - elsewhere[f"{name}.features"]).abs().max() < 1e-6
             assert features.any()
             assert (logits - clean).abs().max() > 1e-3
+
+
+def test_evaluation_of_sae_lens_takes_them(model: Any, trained: Path, tmp_path: Path) -> None:
+    """``run_evals`` gives what it gives for the plain SAE, also for an SAE of one head."""
+    config = saes.training_config("topk", n_heads=HEADS, d_head=WIDTH, d_sae=24, head=2, k=3)
+    train(model, config, tmp_path, hook_head_index=2, training_tokens=640)
+    for folder in (trained / "topk", tmp_path):
+        found = []
+        ours = sap.AttentionSAE.load_from_disk(folder)
+        for sae in (SAE.load_from_disk(folder), ours):
+            store = ActivationsStore(
+                model=model,
+                dataset=rows(),
+                streaming=False,
+                hook_name=HOOK,
+                hook_head_index=sae.cfg.metadata.hook_head_index,
+                context_size=16,
+                d_in=sae.cfg.d_in,
+                n_batches_in_buffer=4,
+                total_training_tokens=640,
+                store_batch_size_prompts=4,
+                train_batch_size_tokens=64,
+                prepend_bos=True,
+                normalize_activations="none",
+                device=torch.device("cpu"),
+                dtype="float32",
+            )
+            settings = EvalConfig(
+                batch_size_prompts=4,
+                n_eval_reconstruction_batches=2,
+                n_eval_sparsity_variance_batches=2,
+                compute_kl=True,
+                compute_ce_loss=True,
+                compute_l2_norms=True,
+                compute_sparsity_metrics=True,
+                compute_variance_metrics=True,
+            )
+            scaler = ActivationScaler()
+            found.append(run_evals(sae, store, model, scaler, settings)[0])
+        for group, values in found[0].items():
+            assert found[1][group] == pytest.approx(values, abs=1e-6, nan_ok=True), group
+        assert ours.hook_z_reshaping_mode  # as it was
 
 
 def test_trap_view_errors_fill_the_log(

@@ -374,7 +374,7 @@ def test_what_cannot_be_given_heads() -> None:
 
 
 @pytest.mark.parametrize("architecture", sorted(saes.ARCHITECTURES))
-def test_training_saes_can_be_copied_and_pickled(architecture: str) -> None:
+def test_training_saes_can_be_copied_pickled_and_resumed(architecture: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {}
     if "matryoshka" in architecture:
         options["matryoshka_widths"] = [20, 40]
@@ -393,4 +393,6 @@ def test_training_saes_can_be_copied_and_pickled(architecture: str) -> None:
         expected = sae(x)
         torch.testing.assert_close(copy.deepcopy(sae)(x), expected)
         torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected)
+        sae.save_model(tmp_path)  # what a checkpoint of sae_lens' runner holds
+        torch.testing.assert_close(TrainingSAE.load_from_disk(tmp_path)(x), expected)
     assert expected.shape == x.shape

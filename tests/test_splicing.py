@@ -245,6 +245,20 @@ def test_trap_2c_B2_the_hook_point_stays_broken_after_a_reset() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("error_term", [True, False])
+def test_trap_2c_sae_lens_bridges_and_single_heads(error_term: bool) -> None:
+    """sae_lens' own way of attaching, on a bridge that gives all heads flat."""
+    plain = tiny_gpt2()
+    model = sae_bridge(plain)
+    sae = sap.AttentionSAE.of(saes_of("gpt2")[0], n_heads=5)
+    whole = sap.AttentionSAE.of(random_sae(1, 30), n_heads=5)
+    with torch.no_grad():
+        with sap.splice(plain, [sae, whole], error_term=error_term):
+            expected = logits_of(plain)
+        got = model.run_with_saes(TOKENS, saes=[sae, whole], use_error_term=error_term)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
 def test_what_does_not_fit() -> None:
     model, sae = hooked_sae_transformer(tiny_gpt2()), random_sae(1, 30)
     for saes, message in (

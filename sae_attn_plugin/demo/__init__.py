@@ -80,7 +80,7 @@ def load_model(backend: Host = "transformer_lens") -> Any:
 
 
 def load_saes() -> dict[str, Any]:
-    """The demo SAEs by hook name, as plain sae_lens SAEs."""
+    """The demo SAEs by hook name: sae_lens SAEs that know their heads."""
     from sae_attn_plugin.dictionaries import load_saes as load_any
 
     return load_any(SAES_PATH)
