@@ -19,7 +19,12 @@ from sae_lens.loading.pretrained_saes_directory import (
 
 from sae_attn_plugin.errors import FileError, InputError
 from sae_attn_plugin.geometries import known_heads, plain_name
-from sae_attn_plugin.registration import DEMO_MODEL_NAME, DEMO_RELEASE
+from sae_attn_plugin.registration import (
+    DEMO_MODEL_NAME,
+    DEMO_RELEASE,
+    register,
+    register_when_loaded,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -376,8 +381,6 @@ def releases(*, by_sae: bool = False) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from sae_attn_plugin.registration import register
-
     register()
     directory = get_pretrained_saes_directory()
     rows, summary = [], []
@@ -455,3 +458,7 @@ def _transcoders(directory: Mapping[str, PretrainedSAELookup], model: str) -> li
 
 def _same_model(one: str, other: str) -> bool:
     return one.rsplit("/", 1)[-1].lower() == other.rsplit("/", 1)[-1].lower()
+
+
+LOADED = True
+register_when_loaded()

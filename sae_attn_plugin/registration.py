@@ -12,6 +12,7 @@ Entries that are there already, sae_lens' own or another plugin's, are left as t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,19 @@ def _survive_cache_clear() -> None:
 
 def register_when_imported() -> None:
     """Register now if sae_lens is imported already, else right after it is."""
-    wrapt.register_post_import_hook(lambda _module: register(), "sae_lens")
+    wrapt.register_post_import_hook(lambda _module: register_when_loaded(), "sae_lens")
+
+
+def register_when_loaded() -> None:
+    """Register, unless one of the modules that hold what is registered is half way through.
+
+    They import sae_lens themselves, and call this when they are done.
+    """
+    for name in ("pretrained", "saes"):
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None and not hasattr(module, "LOADED"):
+            return
+    register()
 
 
 def register_release(name: str, model: str, saes: Mapping[str, str | Path]) -> None:

@@ -47,6 +47,7 @@ from torch import Tensor
 
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.geometries import known_heads
+from sae_attn_plugin.registration import register_when_loaded
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -629,3 +630,7 @@ def training_config(
         raise InputError(f"{architecture} has no option {unknown[0]!r}; it has: {', '.join(known)}")
     width = d_head * (1 if head is not None else n_heads)
     return found[1](n_heads=n_heads, d_head=d_head, d_sae=d_sae or 8 * width, head=head, **options)
+
+
+LOADED = True
+register_when_loaded()

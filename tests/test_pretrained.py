@@ -17,9 +17,11 @@ from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import sae_attn_plugin as sap
 from sae_attn_plugin import pretrained, registration
+from sae_attn_plugin.cli import app
 
 GELU, GEMMA = "gelu-2l-hook-z-kk", "gemma-2b-hook-z-kk"
 
@@ -366,3 +368,25 @@ def test_a_demo_sae_splices() -> None:
         with sap.splice(model, sae):
             ours = model(tokens)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_list_on_the_command_line(tmp_path: Path) -> None:
+    def call(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["releases", *map(str, arguments)])
+
+    path = tmp_path / "list.csv"
+    result = call("--model", "GPT2", "--hook", "z", "--out", path)
+    assert result.exit_code == 0, result.output
+    assert "gpt2-small-hook-z-kk" in result.stdout
+    assert "attn-out" not in result.stdout
+    assert "0-11" in result.stdout
+    assert pd.read_csv(path).release.tolist() == ["gpt2-small-hook-z-kk"]
+    result = call("--saes", "gpt2-small-hook-z-kk")
+    assert "blocks.11.hook_z" in result.stdout
+    for arguments, message in (
+        (("--saes", "gpt2-small-res-jb"), "no release 'gpt2-small-res-jb' of attention-output"),
+        (("--out", tmp_path / "list.txt"), "expected a path that ends in .csv"),
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())

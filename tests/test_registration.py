@@ -9,6 +9,7 @@ import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import sae_attn_plugin as sap
 from sae_attn_plugin import pretrained
@@ -21,15 +22,23 @@ def in_new_process(code: str) -> str:
     return done.stdout
 
 
-def test_registers_when_imported_first_and_again_by_hand() -> None:
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import sae_attn_plugin; sae_attn_plugin.releases(); sae_attn_plugin.register()",
+        "from sae_attn_plugin.saes import AttentionSAE",
+    ],
+)
+def test_registers_whatever_comes_first(imports: str) -> None:
     code = f"""
-import sae_attn_plugin, sae_lens
-sae_attn_plugin.register(); sae_attn_plugin.register()
+{imports}
+from sae_lens import TrainingSAE, registry
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory as directory
-print(sorted(directory()["{DEMO_RELEASE}"].saes_map))
+print(sorted(directory()["{DEMO_RELEASE}"].saes_map), len(registry.SAE_TRAINING_CLASS_REGISTRY))
 """
     expected = [f"blocks.{layer}.attn.hook_z" for layer in range(4)]
-    assert in_new_process(code).strip().splitlines()[-1] == str(expected)
+    n_training = len(SAE_TRAINING_CLASS_REGISTRY)
+    assert in_new_process(code).strip().splitlines()[-1] == f"{expected} {n_training}"
 
 
 # Everything of sae_lens, and objects built before, against the same after the import.

@@ -122,12 +122,12 @@ def test_every_host_gives_the_same(kind: str, host: str) -> None:
 
 def test_through_nnsight() -> None:
     model, saes = tiny_gpt2(), saes_of("gpt2")
-    wrapped = NNsight(model)
+    wrapped, out = NNsight(model), torch.zeros(0)
     with torch.no_grad():
         with sap.splice(model, saes):
             expected = logits_of(model)
         with sap.splice(wrapped, saes), wrapped.trace(TOKENS):
-            out: Any = wrapped.output.logits.save()  # type: ignore[attr-defined]
+            out = wrapped.output.logits.save()  # type: ignore[attr-defined]
     torch.testing.assert_close(out, expected)
 
 

@@ -15,6 +15,7 @@ from sae_attn_plugin.cli.demo import demo
 from sae_attn_plugin.cli.evaluate import evaluate
 from sae_attn_plugin.cli.export import export
 from sae_attn_plugin.cli.graph import graph
+from sae_attn_plugin.cli.releases import releases
 from sae_attn_plugin.cli.study import study
 from sae_attn_plugin.cli.train import train
 
@@ -53,5 +54,5 @@ def _options(
     pass
 
 
-for _command in (demo, graph, export, train, evaluate, study):
+for _command in (demo, graph, export, train, evaluate, study, releases):
     app.command()(_command)
