@@ -554,7 +554,7 @@ class Run:
         node_budget: int | None = 2000,
         edges_per_target: int | None = None,
         memory_budget: int = 512 * 2**20,
-        progress: bool | None = None,
+        progress: bool | Callable[[int, int], object] | None = None,
     ) -> Attribution:
         """Recursive DFA: who writes what the target reads, down to the tokens.
 
@@ -573,7 +573,8 @@ class Run:
             edges_per_target: keep only the strongest edges of each target; the rest is summed in
                 the ledger. None: all.
             memory_budget: bytes for edges in flight.
-            progress: show a bar; None: for large models only, on a terminal.
+            progress: show a bar; None: for large models only, on a terminal. A function is called
+                with the number of layers done and of all instead; what it raises passes through.
         """
         for name, value in (("node_budget", node_budget), ("edges_per_target", edges_per_target)):
             if value is not None and value < (name == "edges_per_target"):
@@ -604,7 +605,15 @@ class Run:
         n_layers = len(self.frozen.layers)
         if progress is None:
             progress = n_layers >= _PROGRESS_LAYERS and sys.stderr.isatty()
-        with tqdm(total=n_layers, desc="attributing", disable=not progress, leave=False) as bar:
+        report = progress if callable(progress) else None
+        hidden = not progress or report is not None
+        with tqdm(total=n_layers, desc="attributing", disable=hidden, leave=False) as bar:
+
+            def done(layer: int) -> None:
+                bar.update()
+                if report is not None:
+                    report(n_layers - layer, n_layers)
+
             flow = sweep(
                 self.frozen,
                 self.writers,
@@ -613,7 +622,7 @@ class Run:
                 node_budget=node_budget,
                 edges_per_target=edges_per_target,
                 memory_budget=memory_budget,
-                progress=lambda _layer: bar.update(),
+                progress=done,
                 mlps=self.linear_mlps if mlp == "linearise" and self._has_mlp else None,
                 heads=heads == "linearise",
             )

@@ -249,7 +249,7 @@ def test_contraction_sums_edges_and_keeps_the_ledger(tmp_path: Path, multi: bool
         # again, over a supernode
         twice = sap.contract(merged, {"more": [low, "attn:0:1@1"]})
         check_ledger(twice)
-        assert set(twice.graph["supernodes"]) == {"low", "in", "more"}
+        assert set(twice.graph["merged"]) == {"low", "in", "more"}
 
 
 def test_edges_inside_a_group_are_in_its_ledger() -> None:
@@ -302,7 +302,7 @@ def test_supernodes_go_to_neuronpedia() -> None:
 
     graph = real_graph()
     names = [n for n in graph if n.startswith("attn:1")][:3]
-    graph.graph["supernodes"] = {"three": names}
+    graph.graph["supernodes"] = [{"name": "three", "members": names}]
     document = to_neuronpedia(graph, scan="x")
     ids = {node["sae_attn_id"]: node["node_id"] for node in document["nodes"]}
     assert document["qParams"]["supernodes"] == [["three", *(ids[name] for name in names)]]

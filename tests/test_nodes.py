@@ -75,7 +75,6 @@ MERGED = [
     for layer in (None, 0, 5)
     for token in HOSTILE
 ]
-TARGETS = [PLAIN[0], *LABELLED, *PAIRS, *NUMBERED, *SCORES]
 CONSTANTS = [Node("const", t.position, of=t) for t in TARGETS]
 EVERY = [*PLAIN, *LABELLED, *PAIRS, *NUMBERED, *SCORES, *MERGED, *CONSTANTS]
 

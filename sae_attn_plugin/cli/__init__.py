@@ -13,6 +13,7 @@ import typer
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.demo import demo
 from sae_attn_plugin.cli.evaluate import evaluate
+from sae_attn_plugin.cli.explore import explore
 from sae_attn_plugin.cli.export import export
 from sae_attn_plugin.cli.graph import graph
 from sae_attn_plugin.cli.releases import releases
@@ -54,5 +55,5 @@ def _options(
     pass
 
 
-for _command in (demo, graph, export, train, evaluate, study, releases):
+for _command in (demo, graph, explore, export, train, evaluate, study, releases):
     app.command()(_command)

@@ -34,7 +34,7 @@ def contract(graph: nx.DiGraph, groups: Mapping[str, Iterable[str | Node]]) -> A
             deepest layer and the last position among its members.
 
     Returns:
-        A graph of the same kind, with ``graph["supernodes"]``: label -> members.
+        A graph of the same kind, with ``graph["merged"]``: label -> members.
 
     Raises:
         InputError: an empty group, a node that is not in the graph or in two groups, or a group
@@ -66,9 +66,9 @@ def contract(graph: nx.DiGraph, groups: Mapping[str, Iterable[str | Node]]) -> A
     result: Any = type(graph)()
     result.graph.update(graph.graph)
     result.graph["targets"] = list(dict.fromkeys(place[t] for t in graph.graph.get("targets", ())))
-    merged = dict(graph.graph.get("supernodes", {}))
+    merged = dict(graph.graph.get("merged", {}))
     merged |= {label: members[made] for label, made in zip(groups, members, strict=True)}
-    result.graph["supernodes"] = merged
+    result.graph["merged"] = merged
     for name in graph:
         if place[name] not in result:
             group = members.get(place[name])

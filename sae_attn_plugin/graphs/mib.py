@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["to_mib"]
 
-_MLP = (
-    *("mlp", "tc", "tc_err", "tc_bias", "tc_skip"),
-    *("mlp_sae", "mlp_sae_err", "mlp_sae_bias"),
-)
 _MLP = ("mlp", "tc", "mlp_sae")  # and what is missing of them
 _TOLERANCE = 1e-3  # of a target's edges; other runs, and other precisions, miss by far more
 _NOTE = (

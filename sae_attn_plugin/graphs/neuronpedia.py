@@ -72,6 +72,9 @@ def to_neuronpedia(
     ``sae_attn_id`` and ``sae_attn_kind`` say what a node is; links of a graph by head carry
     ``by_head``.
 
+    Groups in ``graph.graph["supernodes"]``, a list of ``{"name": ..., "members": [node ids]}``, are
+    the page's supernodes.
+
     A logit's label ends in its probability, or in ``(p=n/a)`` where the node holds none, as a logit
     difference or a direction.
 
@@ -359,11 +362,12 @@ def _links(graph: nx.DiGraph) -> dict[tuple[str, str], dict[str, Any]]:
 def _supernodes(known: dict[str, Any], ids: dict[str, str]) -> list[list[str]]:
     """The groups of ``graph["supernodes"]`` whose members the graph still has."""
     groups = known.get("supernodes")
-    return [
-        [label, *(ids[name] for name in names if name in ids)]
-        for label, names in (groups.items() if isinstance(groups, dict) else ())
-        if isinstance(names, list) and any(name in ids for name in names)
-    ]
+    rows = []
+    for group in groups if isinstance(groups, list) else ():
+        if isinstance(group, dict) and isinstance(group.get("members"), list):
+            members = [ids[name] for name in group["members"] if name in ids]
+            rows += [[str(group.get("name", "")), *members]] if members else []
+    return rows
 
 
 def _info(sources: Iterable[re.Match[str]], create_time_ms: int | None) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""``sae-attn explore``."""
+
+from __future__ import annotations
+
+import contextlib
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.screen import Screen, plain, session
+from sae_attn_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from sae_attn_plugin.lens import FeatureLens
+
+
+def explore(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder in Hugging Face format, or a hub name.", show_default="the demo model"
+        ),
+    ] = None,
+    saes: Annotated[
+        str | None, typer.Option(help="A folder with attention-z SAEs, or a sae_lens release.")
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
+        Backend.transformer_lens
+    ),
+    port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 takes any free one.")] = 8765,
+    sessions: Annotated[Path, typer.Option(help="Folder for saved sessions.")] = Path(
+        "sae-attn-sessions"
+    ),
+    open_page: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
+    ] = False,
+    prepend_bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--prepend-bos/--no-prepend-bos",
+            help="Whether prompts get a BOS token. Default: as the SAEs or the tokenizer say.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+) -> None:
+    """A local page to explore any prompt: features, sources, graphs, interventions."""
+    with session() as screen:
+        if (model is None) != (saes is None):
+            raise InputError("--model and --saes go together; without both, the demo model is used")
+        if sessions.exists() and not sessions.is_dir():
+            raise InputError(f"--sessions {str(sessions)!r} is no folder")
+        from sae_attn_plugin.explore.server import listen, need_extra, serve
+
+        need_extra()
+        with contextlib.closing(listen(port)) as socket:
+            screen.hush()
+            check_device(device)
+            lens = _lens(screen, model, saes, backend, device, dtype, prepend_bos)
+            address = f"http://127.0.0.1:{socket.getsockname()[1]}/"
+            screen.heading(plain(str(lens)))
+            screen.lines(f"{address}   (Ctrl-C stops it)", f"sessions in {plain(str(sessions))}")
+            screen.out.file.flush()
+            if open_page:
+                webbrowser.open(address)
+            serve(lens, sessions, socket)
+
+
+def _lens(
+    screen: Screen,
+    model: str | None,
+    saes: str | None,
+    backend: Backend,
+    device: str,
+    dtype: Dtype,
+    prepend_bos: bool | None,
+) -> FeatureLens:
+    import torch
+
+    if model is None or saes is None:
+        with screen.busy("loading the demo model"):
+            return sap.demo.load(backend=backend.value)
+    with screen.busy(f"loading {model}"):
+        loaded = sap.load_model(model, backend.value, device, getattr(torch, dtype.value))
+    # A release shows bars of its own while it downloads.
+    with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():
+        dictionaries = sap.load_saes(saes, device=device)
+    with screen.busy("checking the model"):
+        return sap.FeatureLens(loaded, dictionaries, prepend_bos=prepend_bos)

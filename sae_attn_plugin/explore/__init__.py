@@ -1,0 +1,1 @@
+"""The explorer: a local web page that asks a lens about any prompt."""
