@@ -62,6 +62,7 @@ _MLP_OUTPUT_HOOKS: dict[str, Writes] = {
 }
 _NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm", "constant_norm_rescale")
 _LAYER_NORM_EPS = 1e-5  # sae_lens' run_time_activation_ln_in
+_ENCODE_BYTES = 128 * 2**20  # of pre-activations at once
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,23 @@ class Dictionary:
     def encode(self, x: Float[Tensor, "n ..."]) -> Encoded:
         """Features of what it reads; sae_lens' ``encode`` on the same input, with pre-activations
         kept."""
-        x = x.flatten(-len(self.input_shape))
+        rows = max(1, _ENCODE_BYTES // (self.d_sae * x.element_size()))
+        parts = [self._encode(part) for part in x.flatten(-len(self.input_shape)).split(rows)]
+        if len(parts) == 1:
+            return parts[0]
+        for i, part in enumerate(parts):
+            part.position.add_(i * rows)
+        columns = (vars(part).values() for part in parts)
+        return Encoded(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+    def _encode(self, x: Float[Tensor, "n d_in"]) -> Encoded:
         x, scale, mean = self.normalise(x)
         if self.b_in is not None:
             x = x - self.b_in.to(x.dtype)
         pre = x @ self.W_enc.to(x.dtype)
         if self.encoder_scale is not None:
-            pre = pre * self.encoder_scale.to(x.dtype)
-        pre = pre + self.b_enc.to(x.dtype)
+            pre *= self.encoder_scale.to(x.dtype)
+        pre += self.b_enc.to(x.dtype)
         dense = self.activation(pre, x)
         position, feature = dense.nonzero(as_tuple=True)
         return Encoded(
@@ -244,7 +254,8 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sparse features of one layer at every position of one prompt, sorted by position."""
+    """Sparse features of one layer at every position of a prompt (or of several, one after the
+    other), sorted by position."""
 
     position: Int[Tensor, " n"]
     feature: Int[Tensor, " n"]
@@ -252,6 +263,19 @@ class Encoded:
     pre_activation: Float[Tensor, " n"]
     scale: Float[Tensor, "positions 1"]
     mean: Float[Tensor, "positions 1"]
+
+    def part(self, first: int, last: int) -> Encoded:
+        """The features at positions ``first .. last - 1``, counted from there."""
+        bounds = torch.tensor([first, last], device=self.position.device)
+        low, high = torch.searchsorted(self.position, bounds).tolist()
+        return Encoded(
+            self.position[low:high] - first,
+            self.feature[low:high],
+            self.activation[low:high],
+            self.pre_activation[low:high],
+            self.scale[first:last],
+            self.mean[first:last],
+        )
 
 
 # -- sae_lens architectures ----------------------------------------------------------------------

@@ -16,7 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_attn_plugin.attribution.dfa import DFA, direct_feature_attribution
-from sae_attn_plugin.attribution.frozen import FrozenRun, LinearMlp, freeze, linearise
+from sae_attn_plugin.attribution.frozen import (
+    BatchEncoder,
+    FrozenRun,
+    LinearMlp,
+    freeze,
+    linearise,
+)
 from sae_attn_plugin.attribution.qk import (
     FrozenScores,
     QKAttribution,
@@ -389,6 +395,8 @@ class Run:
         roles: where the roles of a data set stand in each prompt, and its answers.
     """
 
+    _encoded_as: tuple[BatchEncoder, int] | None = None
+
     def __init__(
         self,
         lens: FeatureLens,
@@ -400,6 +408,11 @@ class Run:
         self.capture = captured
         self.prompts = prompts
         self.roles = roles or Roles()
+
+    @functools.cached_property
+    def _encoder(self) -> BatchEncoder:
+        """Of the whole batch: prompts that are asked for one by one share its products."""
+        return BatchEncoder(self.lens.backend, self.capture, self.lens.dictionaries)
 
     @property
     def tokens(self) -> Int[Tensor, "batch position"]:
@@ -420,12 +433,14 @@ class Run:
     def __getitem__(self, index: int) -> Run:
         index = range(len(self))[index]  # IndexError past the end, as for a list
         values = {site: value[index : index + 1] for site, value in self.capture.values.items()}
-        return Run(
+        one = Run(
             self.lens,
             Capture(self.tokens[index : index + 1], values),
             self.prompts[index : index + 1],
             self.roles.pick([index]),
         )
+        one._encoded_as = (self._encoder, index) if len(self) > 1 else self._encoded_as
+        return one
 
     def pick(self, members: Sequence[int]) -> Run:
         """The run of some prompts, in the order given."""
@@ -457,7 +472,11 @@ class Run:
         """The run with patterns and norm scales held constant, as plain tensors."""
         lens = self.lens
         return freeze(
-            lens.backend, self._one.capture, lens.dictionaries, transcoders=lens.transcoders
+            lens.backend,
+            self._one.capture,
+            lens.dictionaries,
+            transcoders=lens.transcoders,
+            encoded_as=self._encoded_as,
         )
 
     @functools.cached_property

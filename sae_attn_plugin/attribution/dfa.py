@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenLayer
 from sae_attn_plugin.backends.protocol import repeat_kv
+from sae_attn_plugin.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,12 +122,33 @@ def direct_feature_attribution(
     assert dictionary is not None
     assert encoded is not None
     index = torch.tensor([feature], device=layer.z.device)
-    encoder = dictionary.encoder(index, layer.z.dtype)[0]
-    encoder = encoder / dictionary.input_scale(encoded.scale)[position, 0]
-    constant = float(dictionary.constants(index, layer.z.dtype)[0])
+    rows, constants = dictionary.read(index, layer.z.dtype)
+    encoder = rows[0] / dictionary.input_scale(encoded.scale)[position, 0]
+    constant = float(constants[0])
     projected = torch.einsum("phe,he->hp", repeat_kv(layer.v, len(encoder)), encoder)
     return (
         layer.pattern[:, position] * projected,
         constant,
         constant + float((encoder * layer.z[position]).sum()),
     )
+
+
+def attribution_by_source(
+    layer: FrozenLayer, features: Int[Tensor, " n"]
+) -> Float[Tensor, "n destination source"]:
+    """DFA by source of some features of a layer at every destination, summed over heads.
+
+    ``out[i, q].sum() + constant == pre_activation`` of feature ``i`` at ``q``. Values are projected
+    on the encoders first, so that nothing of size destination x source x d_model is formed.
+    """
+    dictionary, encoded = layer.dictionary, layer.encoded
+    assert dictionary is not None
+    assert encoded is not None
+    if dictionary.reads != "z":
+        raise UnsupportedError("DFA by source at every destination needs an SAE on hook_z")
+    encoder, _ = dictionary.read(features, layer.z.dtype)
+    n_heads = encoder.shape[1]
+    projected = torch.einsum("phe,nhe->phn", repeat_kv(layer.v, n_heads), encoder)
+    # [source, destination, head] @ [source, head, feature]
+    split = torch.bmm(layer.pattern.permute(2, 1, 0), projected)
+    return split.permute(2, 1, 0) / dictionary.input_scale(encoded.scale)[:, 0, None]

@@ -235,17 +235,55 @@ def algebra_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if model_dtype == torch.float64 else torch.float32
 
 
+# Positions that are encoded together: from here on the product costs what its arithmetic costs.
+_ENCODE_POSITIONS = 512
+
+
+class BatchEncoder:
+    """Encodes the prompts of a batch some at a time, since a wide dictionary is read from memory in
+    full for one position as for many.
+
+    Args:
+        capture: the batch; dictionaries: of attention, by layer.
+    """
+
+    def __init__(
+        self, backend: Backend, capture: Capture, dictionaries: Mapping[int, Dictionary]
+    ) -> None:
+        self._backend, self._capture, self._dictionaries = backend, capture, dictionaries
+        length = capture.tokens.shape[1]
+        self._length, self._group = length, max(1, _ENCODE_POSITIONS // length)
+        self._known: dict[int, Encoded] = {}
+        self._first = -1
+
+    def encoded(self, layer: int, prompt: int) -> Encoded:
+        """The features of a layer on one prompt of the batch."""
+        first = prompt // self._group * self._group
+        if first != self._first:
+            self._first, self._known = first, {}
+        if layer not in self._known:
+            dictionary, g = self._dictionaries[layer], self._backend.geometry
+            site = "attn_out" if dictionary.reads == "attn_out" else "z"
+            read = self._capture[site, layer][first : first + self._group]
+            read = read.to(g.device, algebra_dtype(g.dtype))
+            self._known[layer] = dictionary.encode(read.flatten(0, 1))
+        start = (prompt - first) * self._length
+        return self._known[layer].part(start, start + self._length)
+
+
 def freeze(
     backend: Backend,
     capture: Capture,
     dictionaries: Mapping[int, Dictionary],
     prompt: int = 0,
     transcoders: Mapping[int, Dictionary] | None = None,
+    encoded_as: tuple[BatchEncoder, int] | None = None,
 ) -> FrozenRun:
     """Freeze one prompt of a capture.
 
     Args:
         dictionaries: of attention, by layer; transcoders: of MLPs, by layer.
+        encoded_as: the encoder of a larger batch, and the prompt's number there.
 
     Raises:
         InputError: if an activation is NaN or infinite, naming where it arose first.
@@ -271,7 +309,11 @@ def freeze(
             if dictionary.reads == "attn_out":
                 attn_out = get("attn_out", index)
             read = z if attn_out is None else attn_out
-            encoded = dictionary.encode(read)
+            if encoded_as is None:
+                encoded = dictionary.encode(read)
+            else:
+                encoder, number = encoded_as
+                encoded = encoder.encoded(index, number)
             error = read - dictionary.decode(encoded)
         layers.append(
             FrozenLayer(

@@ -51,7 +51,8 @@ class WriterVectors:
     def __getitem__(self, key: int | slice | Tensor) -> Float[Tensor, "... d_model"]:
         if self.row is None or self.strength is None:
             return self.rows[key]
-        return self.rows[self.row[key]].mul_(self.strength[key][..., None])
+        # not in place: one row comes as a view
+        return self.rows[self.row[key]] * self.strength[key][..., None]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,335 @@
+"""``python -m tests.benchmarks``: what everything costs, as ratios to a plain forward pass.
+
+The forward pass is the plain Hugging Face one (sdpa) of the same weights on the same prompt, in the
+same process; methods take turns, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.attribution.dfa import attribution_by_source
+from sae_attn_plugin.attribution.frozen import freeze
+from sae_attn_plugin.attribution.writers import write_table
+
+from . import rivals, shape
+from .measure import LARGE_PRODUCT_FLOP, CountFlop, interleaved, large_product, peak_memory
+
+_TARGET, _GIB = sap.Logit(5), 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; ``forwards``: seconds over those of a plain forward pass on the prompt."""
+
+    part: str
+    what: str
+    tokens: int
+    seconds: float
+    forwards: float | None = None
+    peak_mib: float | None = None
+    note: str = ""
+
+
+def _forward(tokens: torch.Tensor) -> Callable[[], Any]:
+    model = shape.gpt2_shape("sdpa")
+    return lambda: model(tokens)
+
+
+def _measure(
+    part: str,
+    tokens: int,
+    calls: dict[str, Callable[[], Any]],
+    rounds: int,
+    memory: bool = True,
+    notes: dict[str, str] | None = None,
+) -> list[Row]:
+    """Rows of the calls; the one named ``forward`` is the denominator."""
+    seconds = interleaved(calls, rounds)
+    rows = []
+    for name, call in calls.items():
+        peak = peak_memory(call) / 2**20 if memory else None
+        note = (notes or {}).get(name, "")
+        forwards = seconds[name] / seconds["forward"]
+        rows.append(Row(part, name, tokens, seconds[name], forwards, peak, note))
+    return rows
+
+
+def stages(lengths: list[int], rounds: int) -> list[Row]:
+    """Every step from the forward pass to a saved graph."""
+    rows, lens = [], shape.wide_lens()
+    for length in tqdm(lengths, desc="stages"):
+        tokens = shape.tokens_of(length)
+        run = lens.run(tokens)
+        frozen = run.frozen
+        att = run.attribute(_TARGET, memory_budget=2 * _GIB)
+        pruned = att.prune()
+        graph = pruned.to_networkx()
+        path = Path(tempfile.mkdtemp()) / "graph.json"
+        feature = sap.Feature(11, int(run.features(11, -1)["feature"].iloc[0]), length - 1)
+
+        def encode(frozen: Any = frozen) -> Any:
+            return [layer.dictionary.encode(layer.z) for layer in frozen.layers]
+
+        def freshly_frozen(run: Any = run) -> Any:
+            return freeze(lens.backend, run.capture, lens.dictionaries)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": _forward(tokens),
+            "capture": lambda t=tokens: lens.run(t),
+            "encode twelve SAEs": encode,
+            "freeze, with encoding": freshly_frozen,
+            "writers": lambda f=frozen: write_table(f),
+            "dfa of one feature": lambda r=run, f=feature: r.dfa(f.layer, f.feature, f.position),
+            "dfa of twenty features": lambda r=run, f=feature: [
+                r.dfa(f.layer, number, f.position) for number in range(20)
+            ],
+            "attribute, 2,000 nodes": lambda r=run: r.attribute(_TARGET, memory_budget=2 * _GIB),
+            "graph, 2,000 nodes": lambda r=run: r.graph(_TARGET),
+            "to_networkx": lambda p=pruned: sap.Attribution.to_networkx(_fresh(p)),
+            "save": lambda g=graph, p=path: sap.save(g, p),
+        }
+        notes = {
+            "attribute, 2,000 nodes": f"{att.flow.n_edges:,} edges",
+            "graph, 2,000 nodes": f"{len(graph):,} nodes, {graph.number_of_edges():,} edges",
+        }
+        if length <= 32:
+            full = run.attribute(_TARGET, node_budget=None)
+            notes["attribute, all nodes"] = f"{full.flow.n_edges:,} edges"
+            calls["attribute, all nodes"] = lambda r=run: r.attribute(_TARGET, node_budget=None)
+            calls["node and ledger tables"] = lambda a=full: _tables(_fresh(a))
+            calls["edge table"] = lambda a=full: _fresh(a).edges
+        worst = att.worst_residual
+        notes["attribute, 2,000 nodes"] += f", worst ledger residual {worst:.1e}"
+        rows += _measure("stages", length, calls, rounds, notes=notes)
+    return rows
+
+
+def _fresh(attribution: Any) -> Any:
+    """The attribution without what it remembers."""
+    import dataclasses
+
+    flow = dataclasses.replace(attribution.flow)
+    return dataclasses.replace(attribution, flow=flow)
+
+
+def _tables(attribution: Any) -> Any:
+    return attribution.nodes, attribution.ledger
+
+
+def against_autograd(rounds: int, length: int = 32) -> list[Row]:
+    """Every edge of a prompt, by the engine and by autograd."""
+    run = shape.wide_lens().run(shape.tokens_of(length))
+    frozen, table = run.frozen, run.writers
+    _check_rivals(run)
+
+    def whole() -> Any:
+        att = run.attribute(_TARGET, node_budget=None)
+        return att.nodes, att.ledger
+
+    def with_edges() -> Any:
+        return run.attribute(_TARGET, node_budget=None).edges
+
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": _forward(run.tokens),
+        "large matrix product": large_product(),
+        "engine: edges, node and ledger tables": whole,
+        "engine: one table of all edges": with_edges,
+    }
+    calls |= {
+        f"autograd: {name}": lambda way=way: rivals.all_edges(way, frozen, table)
+        for name, way in {
+            "by layer and query, causal slice": rivals.grouped_autograd,
+            "is_grads_batched, all positions": rivals.batched_autograd,
+            "one backward pass per target": rivals.plain_autograd,
+        }.items()
+    }
+    with CountFlop() as count:
+        run.attribute(_TARGET, node_budget=None)
+    rows = _measure("against autograd", length, calls, rounds, memory=False)
+    seconds = {row.what: row.seconds for row in rows}
+    engine = seconds["engine: edges, node and ledger tables"]
+    sweep = (
+        count.flop
+        / interleaved({"sweep": lambda: run.attribute(_TARGET, node_budget=None)})["sweep"]
+    )
+    best = LARGE_PRODUCT_FLOP / seconds["large matrix product"]
+    found = []
+    for row in rows:
+        note = f"{row.seconds / engine:.1f} x the engine" if "autograd" in row.what else ""
+        if row.what == "large matrix product":
+            note = (
+                f"{best / 1e9:.0f} GFLOP/s; the sweep reaches {sweep / 1e9:.0f} "
+                f"({sweep / best:.0%}) on {count.flop / 1e9:.1f} GFLOP"
+            )
+        found.append(Row(**{**asdict(row), "note": note}))
+    return found
+
+
+def _check_rivals(run: Any) -> None:
+    """That the ways compared give the same numbers."""
+    table, frozen = run.writers, run.frozen
+    layer, query, edges = next(iter(rivals.grouped_autograd(frozen, table)))
+    encoded = frozen.layers[layer].encoded
+    feature = int(encoded.feature[encoded.position == query][0])
+    att = run.attribute(sap.Feature(layer, feature, query), node_budget=0)
+    expected = edges[0].sum(), edges[0].abs().sum()
+    for got, wanted in zip((att.flow.in_sum[0], att.flow.abs_sum[0]), expected, strict=True):
+        if abs(float(got) - float(wanted)) > 1e-4 * float(expected[1]):
+            raise AssertionError(f"autograd and the engine differ: {got} and {wanted}")
+
+
+def against_dfa(rounds: int) -> list[Row]:
+    """DFA of one feature and of twenty, at one destination and at all of them."""
+    rows, lens = [], shape.wide_lens()
+    for length in (128, 1024):
+        run = lens.run(shape.tokens_of(length))
+        layer = run.frozen.layers[11]
+        one, twenty = torch.tensor([7]), torch.arange(7, 27)
+        torch.testing.assert_close(
+            attribution_by_source(layer, one), rivals.every_destination_dfa(layer, one)
+        )
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": _forward(run.tokens),
+            "run.dfa": lambda r=run: r.dfa(11, 7, -1),
+            "engine, one feature, all destinations": lambda x=layer, f=one: attribution_by_source(
+                x, f
+            ),
+            "engine, twenty features, all destinations": lambda x=layer, f=twenty: (
+                attribution_by_source(x, f)
+            ),
+            "head-wide, one feature": lambda x=layer, f=one: rivals.every_destination_dfa(x, f),
+            "head-wide, twenty features": lambda x=layer, f=twenty: rivals.every_destination_dfa(
+                x, f
+            ),
+        }
+        measured = _measure("dfa", length, calls, rounds if length < 1000 else 3)
+        seconds = {row.what: row.seconds for row in measured}
+        partner = {
+            "run.dfa": "head-wide, one feature",
+            "engine, one feature, all destinations": "head-wide, one feature",
+            "engine, twenty features, all destinations": "head-wide, twenty features",
+        }
+        for row in measured:
+            factor = seconds.get(partner.get(row.what, ""), 0) / row.seconds
+            note = f"{factor:.0f} times faster than head-wide" if factor else ""
+            rows.append(Row(**{**asdict(row), "note": note}))
+    return rows
+
+
+def curves(rounds: int) -> list[Row]:
+    """How the cost grows with each of the four sizes, the others held."""
+    rows = []
+
+    def one(part: str, size: int, run: Any, **options: Any) -> None:
+        att = run.attribute(_TARGET, memory_budget=2 * _GIB, **options)
+        calls = {
+            "forward": _forward(run.tokens),
+            f"{size:,}": lambda: run.attribute(_TARGET, memory_budget=2 * _GIB, **options),
+        }
+        note = f"{att.flow.n_edges:,} edges"
+        rows.append(
+            _measure(part, run.tokens.shape[1], calls, rounds, notes={f"{size:,}": note})[1]
+        )
+
+    lens = shape.wide_lens()
+    for length in tqdm((16, 32, 64, 128, 256, 512, 1024), desc="tokens"):
+        one("curve: tokens (500 nodes)", length, lens.run(shape.tokens_of(length)), node_budget=500)
+    run = lens.run(shape.tokens_of(64))
+    for budget in tqdm((250, 500, 1000, 2000, 4000, 8000), desc="node budget"):
+        one("curve: node budget (64 tokens)", budget, run, node_budget=budget)
+    for layers in tqdm((3, 6, 12), desc="layers"):
+        run = shape.wide_lens(n_layers=layers).run(shape.tokens_of(32))
+        one("curve: layers (32 tokens, all nodes)", layers, run, node_budget=None)
+    for active in tqdm((5, 10, 20, 40), desc="active features"):
+        run = shape.wide_lens(active).run(shape.tokens_of(32))
+        one("curve: active features (32 tokens, all nodes)", active, run, node_budget=None)
+    return rows
+
+
+def prompts(number: int = 1000) -> list[Row]:
+    """Graphs of many IOI prompts on the demo model, prompts of one length together."""
+    lens = sap.demo.load(backend="transformer_lens")
+    data = sap.tasks.IOIDataset(number, lens.tokenizer, 0, prepend_bos=lens.prepend_bos)
+    start, edges, length = time.perf_counter(), 0, 0
+    with tqdm(total=number, desc="graphs of IOI prompts") as bar:
+        for _, tokens in data.groups(at_once=100):
+            batch = lens.run(tokens)
+            for i in range(len(batch)):
+                edges += batch[i].graph().number_of_edges()
+                bar.update()
+            length = max(length, tokens.shape[1])
+    seconds = time.perf_counter() - start
+    note = f"{1e3 * seconds / number:.1f} ms each, {edges / number:,.0f} edges on average"
+    return [Row("prompts", f"{number:,} IOI graphs, demo model", length, seconds, note=note)]
+
+
+def show(rows: list[Row]) -> None:
+    console = Console(width=150)
+    for part in dict.fromkeys(row.part for row in rows):
+        table = Table(title=part)
+        for column in ("what", "tokens", "ms", "forwards", "peak MiB", "note"):
+            table.add_column(column, justify="left" if column in ("what", "note") else "right")
+        for row in (row for row in rows if row.part == part):
+            forwards = "" if row.forwards is None else f"{row.forwards:.4g}"
+            peak = "" if row.peak_mib is None else f"{row.peak_mib:,.0f}"
+            ms = f"{1e3 * row.seconds:,.2f}"
+            table.add_row(row.what, f"{row.tokens:,}", ms, forwards, peak, row.note)
+        console.print(table)
+
+
+def main() -> None:
+    parts = ("stages", "autograd", "dfa", "curves", "prompts")
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--plot", type=Path, help="where to draw the curves (PNG)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 512, 1024])
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(parts)}")
+    torch.set_num_threads(options.threads)
+    wanted = options.parts or parts
+    rows: list[Row] = []
+    with torch.no_grad():
+        if "stages" in wanted:
+            rows += stages(options.tokens, options.rounds)
+        if "autograd" in wanted:
+            rows += against_autograd(options.rounds)
+        if "dfa" in wanted:
+            rows += against_dfa(4 * options.rounds)
+        if "curves" in wanted:
+            rows += curves(options.rounds)
+        if "prompts" in wanted:
+            rows += prompts()
+    show(rows)
+    if options.json:
+        machine = {"processor": platform.processor(), "threads": options.threads}
+        machine |= {"torch": torch.__version__, "load": os.getloadavg()[0]}
+        document = {"machine": machine, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.plot:
+        from .plot import draw
+
+        draw(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

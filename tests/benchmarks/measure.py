@@ -1,0 +1,77 @@
+"""Timing that other work on the machine disturbs little, and peak memory that counts tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MATRIX = 2048
+_PRODUCTS = ("mm", "bmm", "addmm", "mv", "baddbmm")
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, at_most: float = 120.0
+) -> dict[str, float]:
+    """Median seconds of each call, all of them taking turns in every round.
+
+    Args:
+        rounds: how often each is called, after one call that is not counted.
+        at_most: no further round starts after this many seconds.
+    """
+    began = time.perf_counter()
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+        if time.perf_counter() - began > at_most:
+            break
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def large_product() -> Callable[[], Any]:
+    """A square matrix product of 17 GFLOP: what the machine can do at best."""
+    matrix = torch.randn(_MATRIX, _MATRIX)
+    return lambda: matrix @ matrix
+
+
+LARGE_PRODUCT_FLOP = 2 * _MATRIX**3
+
+
+class CountFlop(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS:
+            left = args[1] if name in ("addmm", "baddbmm") else args[0]
+            self.flop += 2 * out.numel() * left.shape[-1]
+        return out
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes by which the process grew at its highest while ``call`` ran (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = psutil.Process().memory_info().rss
+    kept = call()
+    status = Path("/proc/self/status").read_text()
+    (peak,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    del kept
+    return max(0, peak * 1024 - before)
