@@ -109,7 +109,7 @@ def read_rows(
 
 
 def sample_rows(
-    model: Any, n: int, length: int, *, seed: int = 0, at_once: int = 256, progress: bool = True
+    model: Any, n: int, length: int, *, seed: int = 0, at_once: int = 128, progress: bool = True
 ) -> Int[Tensor, "n length"]:
     """Rows that a Hugging Face model writes itself after BOS, at temperature 1.
 

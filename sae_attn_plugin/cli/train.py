@@ -41,7 +41,10 @@ def train(
     rows_in_buffer: Annotated[
         int | None, typer.Option(help="Rows whose activations are held and shuffled at once.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of all that is drawn. Default: the recipe's; of --sample: 0."),
+    ] = None,
     checkpoint_every: Annotated[
         int, typer.Option(help="Buffers between checkpoints; the same command goes on from one.")
     ] = 20,
@@ -97,7 +100,7 @@ def train(
             raise InputError("give --data or --sample: the generic recipe names no text")
         source: Any = data
         if sample is not None:
-            source = sampled(host, name, sample, cfg.context_size, cfg.seed, device)
+            source = sampled(host, name, sample, cfg.context_size, seed or 0, device)
         checkpoint = out / _CHECKPOINT
         if checkpoint.exists():
             screen.error.print(f"going on from {checkpoint}")
