@@ -37,7 +37,7 @@ def releases(
             check_writable(out)
         screen.hush()
         with screen.busy("reading the directory"):
-            table = sap.releases(by_sae=saes is not None)
+            table: Any = sap.releases(by_sae=saes is not None)
         if saes is not None:
             if saes not in set(table["release"]):
                 raise InputError(
