@@ -14,8 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated"
 
 
 def attribution(name: str = "llama") -> sap.Attribution:
-    with TrueFloat64():
-        return run_of(name, "nnsight").attribute(sap.LogitDiff(7, 9), node_budget=60)
+    run = run_of(name, "nnsight")
+    with TrueFloat64():  # not to be nested with that of run_of
+        return run.attribute(sap.LogitDiff(7, 9), node_budget=60)
 
 
 def strong_edge(att: sap.Attribution) -> tuple[str, str]:

@@ -147,7 +147,7 @@ def _by_head(attribution: Attribution, source: str, target: str, weight: float) 
         return pd.Series([weight], index=[to.head], name="weight")
     if to.kind != "attn" or to.layer is None:
         return None
-    (row,) = (number for number, name in attribution._ids.items() if name == source)
+    row = attribution._numbers[attribution._ids.get_loc(source)]
     split = attribution.head_split(
         to.layer, np.array([to.feature]), np.array([to.position]), np.array([row])
     )[0]

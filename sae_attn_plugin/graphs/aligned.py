@@ -342,7 +342,7 @@ class Aligner:
             if number in attribution.roots:
                 self._targets[name] = None
             seen.add(code)
-        target = np.repeat(flow.target, np.diff(flow.start))
+        target = flow.target[flow.row]
         live = flow.weight != 0
         a, b = codes[flow.source], codes[target]
         inside = live & (a >= 0) & (b >= 0)
@@ -359,7 +359,7 @@ class Aligner:
         self, attribution: Attribution, codes: np.ndarray, kept: np.ndarray, weight: np.ndarray
     ) -> None:
         flow = attribution.flow
-        row = np.repeat(np.arange(len(flow.target)), np.diff(flow.start))
+        row = flow.row
         in_sum = np.bincount(row, weights=kept, minlength=len(flow.target))
         whole = np.bincount(row, weights=weight, minlength=len(flow.target))
         ids = list(self._codes)
