@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,13 @@ import torch
 import sae_attn_plugin as sap
 from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.studies import ioi_circuit, ioi_features, ioi_positions
+from sae_attn_plugin.studies import (
+    ioi_circuit,
+    ioi_features,
+    ioi_positions,
+    qk_ioi,
+    qk_variance,
+)
 from sae_attn_plugin.tasks import IOIDataset
 
 N = 6
@@ -178,6 +185,26 @@ def test_circuit_against_single_prompts(lens: sap.FeatureLens, data: IOIDataset)
     assert groups.loc["all", "layers"] == "0, 1, 2, 3"
 
 
+def test_pairs_are_those_of_each_head(lens: sap.FeatureLens, tmp_path: Path) -> None:
+    study = qk_ioi(lens, [(2, 0), (2, 2)], n=N, seed=3, k=(1, 4), keys=["S2"], folder=tmp_path)
+    data = IOIDataset(N, lens.tokenizer, 3, "mixed", prepend_bos=lens.prepend_bos)
+    alone = qk_variance(lens, data, 2, 2, "END", "S2")
+    rows = study.table[study.table["head"] == 2]
+    assert rows["explained"].tolist() == alone.table((1, 4))["explained"].tolist()
+    attention = [
+        float(lens.run(tokens_of(data, i)).capture["pattern", 2][0, 2, -1, data.positions["S2"][i]])
+        for i in range(N)
+    ]
+    assert rows["attention"].tolist()[0] == pytest.approx(np.mean(attention), rel=1e-5)
+    kinds = study.tables["kinds"]
+    for head in (0, 2):
+        assert kinds.loc[kinds["head"] == head, "share"].sum() == pytest.approx(1.0, abs=1e-5)
+    again = qk_ioi(lens, [(2, 0), (2, 2)], n=N, seed=3, k=(1, 4), keys=["S2"], folder=tmp_path)
+    for name, table in study.tables.items():
+        pd.testing.assert_frame_equal(again.tables[name], table, check_exact=True)
+    assert len(study.plot().axes[0].get_lines()) == 4
+
+
 def test_hosts_agree(lens: sap.FeatureLens) -> None:
     other = sap.demo.load("transformer_lens")
     studies = [
@@ -218,6 +245,9 @@ def test_pictures_show_the_tables(lens: sap.FeatureLens) -> None:
         (ioi_positions, {"layers": [9], "n": 2}, "do not exist"),
         (ioi_positions, {"conjunctions": " or"}, "must be a list"),
         (ioi_positions, {"conjunctions": [" zzz"], "n": 2}, "knows none"),
+        (qk_ioi, {"n": 3}, "at least 4"),
+        (qk_ioi, {"n": 4, "min_attention": 1.1}, "no head attends"),
+        (qk_ioi, {"heads": [(0, 99)]}, "head 0.99 does not exist"),
         (ioi_circuit, {"groups": {"x": [9]}}, "no SAE in layers"),
         (ioi_circuit, {"groups": {"x": []}}, "names no layer"),
         (ioi_circuit, {"heads": [(0, 99)]}, "head 0.99 does not exist"),

@@ -75,6 +75,7 @@ def test_bad_input(lens: sap.FeatureLens, windows: torch.Tensor) -> None:
         ("ioi-features", "--set", "layers=[3]"),
         ("ioi-positions", "--set", "layers=[1]", "--set", "conjunctions=[]"),
         ("ioi-circuit", "--set", "features=[[1,504]]"),
+        ("qk-ioi", "--set", "heads=[[2,0]]", "--set", 'keys=["S2"]'),
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -33,6 +33,7 @@ class Name(str, Enum):
     ioi_features = "ioi-features"
     ioi_positions = "ioi-positions"
     ioi_circuit = "ioi-circuit"
+    qk_ioi = "qk-ioi"
 
 
 _NEED_TEXT = (Name.quality, Name.induction_feature)

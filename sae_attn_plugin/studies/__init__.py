@@ -6,6 +6,7 @@
 - ``ioi_features``: which features carry the logit difference.
 - ``ioi_positions``: what attention knows about the order of the names.
 - ``ioi_circuit``: what the SAEs keep of the circuit, and paths from features to heads.
+- ``qk_ioi``: pairs of features behind the scores of heads that look at names.
 - ``qk_variance``: how much of a score's variance a few pairs of features explain.
 """
 
@@ -17,6 +18,7 @@ from sae_attn_plugin.studies.ioi_features import ioi_features
 from sae_attn_plugin.studies.ioi_positions import ioi_positions
 from sae_attn_plugin.studies.prefix import prefix
 from sae_attn_plugin.studies.qk import QKVariance, qk_variance
+from sae_attn_plugin.studies.qk_ioi import qk_ioi
 from sae_attn_plugin.studies.quality import quality
 from sae_attn_plugin.studies.result import Study, load_study
 
@@ -29,6 +31,7 @@ __all__ = [
     "ioi_positions",
     "load_study",
     "prefix",
+    "qk_ioi",
     "qk_variance",
     "quality",
 ]

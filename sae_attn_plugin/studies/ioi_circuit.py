@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
-from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.interventions.datasets import DatasetResult, batches
+from sae_attn_plugin.interventions.datasets import DatasetResult
 from sae_attn_plugin.interventions.edits import AblateError, Edit, PatchEdge
 from sae_attn_plugin.statistics import bootstrap
+from sae_attn_plugin.studies.attention import mean_attention
 from sae_attn_plugin.studies.ioi_features import ioi_features
 from sae_attn_plugin.studies.parts import in_parts
 from sae_attn_plugin.studies.result import Study
@@ -101,7 +100,7 @@ def ioi_circuit(
     for layer, feature in chosen:
         if layer not in lens.dictionaries or not 0 <= feature < lens.dictionaries[layer].d_sae:
             raise InputError(f"attn:{layer}:{feature} does not exist in these SAEs")
-    attention = _attention(lens, data, role)
+    attention = mean_attention(lens, data, "END", role)
     if heads is None:
         lowest = min((layer for layer, _ in chosen), default=0)
         places = (attention >= min_attention).nonzero().tolist()
@@ -193,21 +192,6 @@ def _groups(
             which = f"no SAE in layers {missing}" if missing else "it names no layer"
             raise InputError(f"group {name!r}: {which}; layers with one: {known}")
     return {**found, "all": tuple(known)}
-
-
-def _attention(lens: FeatureLens, data: IOIDataset, role: str) -> Tensor:
-    """Mean attention from END to the role, ``[layer, head]``."""
-    g = lens.backend.geometry
-    total = torch.zeros(g.n_layers, g.n_heads, dtype=torch.float64)
-    for members in batches(lens, data):
-        length = int(data.lengths[members[0]])
-        tokens = data.tokens[members, :length].to(g.device)
-        at = [data.positions[name][members] for name in ("END", role)]
-        run = lens.backend.forward(tokens, reads=[Site("pattern", x) for x in range(g.n_layers)])
-        for layer in range(g.n_layers):
-            pattern = run[Site("pattern", layer)].cpu().double()
-            total[layer] += pattern[torch.arange(len(members)), :, at[0], at[1]].sum(0)
-    return total / len(data)
 
 
 def plot(study: Study) -> Figure:

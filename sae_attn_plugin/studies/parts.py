@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from sae_attn_plugin.checkpoints import load_state, save_state
 from sae_attn_plugin.errors import FileError
 
-__all__ = ["fingerprint", "in_parts"]
+__all__ = ["fingerprint", "in_parts", "make_folder"]
 
 
 def in_parts(
@@ -40,10 +40,7 @@ def in_parts(
         FileError: the folder holds parts of other settings, or cannot be written.
     """
     if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"cannot make the folder {folder}: {error.strerror}") from error
+        make_folder(folder)
     found: list[Mapping[str, Tensor]] = []
     hidden = not (sys.stderr.isatty() if progress is None else progress)
     for number in tqdm(range(count), desc=name, disable=hidden, leave=False):
@@ -56,6 +53,18 @@ def in_parts(
                 save_state(path, part, {"settings": settings or {}})
         found.append(part)
     return {key: torch.cat([part[key].cpu() for part in found]) for key in found[0]}
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def fingerprint(tokens: Tensor) -> dict[str, Any]:
