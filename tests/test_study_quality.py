@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
