@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         SetFeature,
         Steer,
     )
+    from sae_attn_plugin.interventions.faithfulness import Faithfulness, faithfulness
     from sae_attn_plugin.interventions.validate import Agreement, Validation, validate
     from sae_attn_plugin.lens import FeatureLens, Run
     from sae_attn_plugin.nodes import Direction, Feature, HeadScore, Logit, LogitDiff, Node
@@ -93,6 +94,7 @@ _PUBLIC = {
     "Dictionary": "dictionaries",
     "Direction": "nodes",
     "Edit": "interventions.edits",
+    "Faithfulness": "interventions.faithfulness",
     "Feature": "nodes",
     "FeatureLens": "lens",
     "FileError": "errors",
@@ -136,6 +138,7 @@ _PUBLIC = {
     "enrich": "graphs.enrich",
     "graph_to_html": "graphs.html",
     "evaluate": "evaluation",
+    "faithfulness": "interventions.faithfulness",
     "head_attribution": "dictionaries",
     "hooked": "backends.hooked",
     "load_model": "backends.loading",
@@ -188,6 +191,8 @@ __all__ = [  # noqa: RUF022 - the front door first
     "validate",
     "Validation",
     "Agreement",
+    "faithfulness",
+    "Faithfulness",
     "Dictionary",
     "head_attribution",
     "load_model",

@@ -61,10 +61,7 @@ def test_positions_of_a_data_set_become_plain() -> None:
         (lambda: sap.AblateFeature("1", 3), "layer must be a whole number"),  # type: ignore[arg-type]
         (lambda: sap.SetFeature(1, 3, 0, float("nan")), "value must be a finite number"),
         (lambda: sap.AblateHead(1, 3, to=0.0), r"to must be None \(zero\), Mean"),  # type: ignore[arg-type]
-        (
-            lambda: sap.AblateFeature(1, 3, kind="mlp"),
-            "kind must be one of 'attn'",
-        ),  # type: ignore[arg-type]
+        (lambda: sap.AblateFeature(1, 3, kind="mlp"), "kind must be one of attn, tc, mlp_sae"),  # type: ignore[arg-type]
         (lambda: sap.PatchSite("pattern", 1), "cannot patch 'pattern'; known: embed"),  # type: ignore[arg-type]
         (lambda: sap.PatchEdge("attn:0", "final"), "not a writer"),
         (lambda: sap.PatchEdge("attn:0:1", "query:1.2"), "not a reader"),

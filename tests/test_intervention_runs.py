@@ -228,7 +228,7 @@ def test_changed_features(lens_of: LensMaker) -> None:
     assert dict(zip(set_ones["prompt"], set_ones["position"], strict=True)) == {0: 5, 1: 6, 2: 6}
     above = frame[(frame["layer"] == 2) & (frame["edited"] != 9.0)]
     assert len(above) > 5
-    z = result.read[2]
+    z = result.read["attn", 2]
     for prompt, position, number, edited in above.head(8)[
         ["prompt", "position", "feature", "edited"]
     ].itertuples(index=False):

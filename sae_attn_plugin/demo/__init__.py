@@ -3,7 +3,8 @@
 The model and an attention-z SAE for each of its layers ship with the package, so everything can be
 tried offline. ``docs/demo-model.md`` tells how they were made and what they reach.
 
-``demo.circuits`` holds models whose weights are written down, with the graphs they must have.
+``demo.circuits`` holds models whose weights are written down, with the graphs they must have;
+``demo.planted`` hides random ones in random transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sae_attn_plugin.registration import DEMO_MODEL_NAME
 
 if TYPE_CHECKING:
     from sae_attn_plugin.backends.loading import Host
-    from sae_attn_plugin.demo import circuits
+    from sae_attn_plugin.demo import circuits, planted
     from sae_attn_plugin.lens import FeatureLens
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "load_model",
     "load_saes",
     "load_transcoders",
+    "planted",
 ]
 
 MODEL_PATH = Path(__file__).parent / "model"
@@ -94,6 +96,6 @@ def load_transcoders() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "circuits":  # on first use, since it needs torch and pandas
-        return importlib.import_module(f"{__name__}.circuits")
+    if name in ("circuits", "planted"):  # on first use, since it needs torch and pandas
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,11 +21,11 @@ from sae_attn_plugin.backends.protocol import (
     uncapped_logits,
 )
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
-from sae_attn_plugin.dictionaries import Dictionary
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.edits import (
     FREEZABLE,
+    KINDS,
     AblateError,
     AblateFeature,
     AblateHead,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from sae_attn_plugin.dictionaries import Dictionary
     from sae_attn_plugin.lens import FeatureLens, Run, UnequalRun
 
 OF_FEATURES = (SetFeature, AblateFeature, ScaleFeature, Steer, AblateError)
@@ -63,10 +64,10 @@ class InterventionResult:
         logits: ``[batch, position, d_vocab]`` of the edited run, as the model returns them, over
             the prompt's positions.
         z: by layer with an SAE, ``[batch, position, head, d_head]``, after the edits of that layer.
-        read: by layer with an SAE, z as the SAE reads it: before edits of its features, which
-            change what the layer writes and not what it reads.
+        read: by kind of feature and layer, what the dictionary reads: ``[batch, position, ...]``,
+            before edits of its features, which change what is written and not what is read.
         values: every site that was read.
-        feature_edits: by layer, the edits of features, as :mod:`interventions.steps` takes them.
+        feature_edits: likewise, the edits of features, as :mod:`interventions.steps` takes them.
         held: by frozen part, the layers where it was held.
         generated, clean_generated: ``[batch, new]`` ids that the edited and the clean model
             continued with; empty unless asked for.
@@ -75,9 +76,9 @@ class InterventionResult:
     clean: Run
     logits: Float[Tensor, "batch position d_vocab"]
     z: dict[int, Float[Tensor, "batch position head d_head"]]
-    read: dict[int, Float[Tensor, "batch position head d_head"]] = field(repr=False)
+    read: dict[tuple[str, int], Tensor] = field(repr=False)
     values: Mapping[Site, Tensor] = field(repr=False)
-    feature_edits: Mapping[int, list[Any]] = field(default_factory=dict, repr=False)
+    feature_edits: Mapping[tuple[str, int], list[Any]] = field(default_factory=dict, repr=False)
     held: Mapping[str, frozenset[int]] = field(default_factory=dict, repr=False)
     generated: Int[Tensor, "batch new"] | None = None
     clean_generated: Int[Tensor, "batch new"] | None = None
@@ -94,10 +95,10 @@ class InterventionResult:
             clean=self.clean[index],
             logits=self.logits[part],
             z={layer: z[part] for layer, z in self.z.items()},
-            read={layer: z[part] for layer, z in self.read.items()},
+            read={key: x[part] for key, x in self.read.items()},
             feature_edits={
-                layer: [steps.of_prompt(edit, index) for edit in edits]
-                for layer, edits in self.feature_edits.items()
+                key: [steps.of_prompt(edit, index) for edit in edits]
+                for key, edits in self.feature_edits.items()
             },
             values={site: value[part] for site, value in self.values.items()},
             generated=None if new is None else new[part],
@@ -113,9 +114,7 @@ class InterventionResult:
 
     def clean_value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """The same target in the clean run."""
-        clean = self.clean.capture
-        z = {layer: clean["z", layer] for layer in self.clean.lens.dictionaries}
-        return self._value(target, clean.values, z)
+        return self._value(target, self.clean.capture.values, self._clean_read)
 
     def effect(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """Edited minus clean."""
@@ -138,7 +137,8 @@ class InterventionResult:
 
     def changed_features(self, least: float = 1e-6) -> pd.DataFrame:
         """Features whose activation the edits change, the most changed first: ``layer, position,
-        token, feature, clean, edited, change``, with ``prompt`` first where there are several.
+        token, feature, clean, edited, change``, with ``prompt`` first where there are several and
+        ``kind`` after the layer where dictionaries of several kinds are given.
 
         Args:
             least: smallest change that counts, relative to the largest activation of the layer.
@@ -161,8 +161,6 @@ class InterventionResult:
         decode = self.clean.lens.tokenizer.decode
         return [(decode(a.tolist()), decode(b.tolist())) for a, b in zip(old, new, strict=True)]
 
-    # -- inside ----------------------------------------------------------------------------------
-
     def plot(self, position: int = -1, prompt: int = 0, ax: Axes | None = None) -> Figure:
         """The change of the next token's probabilities.
 
@@ -179,110 +177,64 @@ class InterventionResult:
 
         return as_html(self)
 
+    # -- inside ----------------------------------------------------------------------------------
+
+    @property
+    def _clean_read(self) -> dict[tuple[str, int], Tensor]:
+        lens, values = self.clean.lens, self.clean.capture.values
+        return {
+            (d.kind, layer): what_it_reads(lens, d, values) for layer, d in lens.all_dictionaries()
+        }
+
     def _changed(self, index: int, least: float) -> pd.DataFrame:
         one = self[index]
         lens, device = one.clean.lens, one.clean.lens.backend.geometry.device
         frames = []
-        for layer, dictionary in lens.dictionaries.items():
-            if dictionary.reads != "z":
-                continue
-            edits = one.feature_edits.get(layer, [])
+        clean = one._clean_read
+        kinds = {dictionary.kind for _, dictionary in lens.all_dictionaries()}
+        for layer, dictionary in lens.all_dictionaries():
+            kind = dictionary.kind
+            edits = one.feature_edits.get((kind, layer), [])
             before, after = (
-                steps.active_features(dictionary, z.to(device), of_z)
-                for z, of_z in ((one.clean.capture["z", layer], []), (one.read[layer], edits))
+                steps.active_features(dictionary, x.to(device), of_x)
+                for x, of_x in ((clean[kind, layer], []), (one.read[kind, layer], edits))
             )
             size = max([*before.values(), *after.values(), 0.0])
             for position, feature in sorted(before.keys() | after.keys()):
                 was, now = (found.get((position, feature), 0.0) for found in (before, after))
                 if abs(now - was) > least * size:
                     token = one.clean.token_strings[position]
-                    frames.append((layer, position, token, feature, was, now, now - was))
-        columns = ["layer", "position", "token", "feature", "clean", "edited", "change"]
-        return _by_size(pd.DataFrame(frames, columns=pd.Index(columns)))
+                    frames.append((layer, kind, position, token, feature, was, now, now - was))
+        columns = ["layer", "kind", "position", "token", "feature", "clean", "edited", "change"]
+        frame = _by_size(pd.DataFrame(frames, columns=pd.Index(columns)))
+        return frame.drop(columns="kind") if len(kinds) < 2 else frame
 
     def _value(
         self,
         target: Logit | LogitDiff | Feature,
         values: Mapping[Site, Tensor],
-        z: Mapping[int, Tensor],
+        read: Mapping[tuple[str, int], Tensor],
     ) -> Tensor:
         run = self.clean
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
+            key = target.kind, target.layer
             dictionary = run.dictionary(target.layer, target.kind)
-            number = run.resolve_feature(target.layer, target.feature, target.kind)
-            held: Mapping[str, frozenset[int]] = self.held if values is self.values else {}
-            if dictionary.reads == "z":
-                at, clean = z[target.layer], run.capture["z", target.layer]
-            else:
-                at = read_by(run, dictionary, values, held)
-                clean = read_by(run, dictionary, run.capture.values, {})
-            at = at[:, position].flatten(1)
-            at = at if at.dtype == torch.float64 else at.float()
-            # Where norms are held, so is the normalisation of the dictionary's own input.
-            frozen = target.layer in self.held.get("norms", ())
-            clean = clean[:, position].flatten(1).to(at)
-            _, scale, _ = dictionary.normalise(clean if frozen else at)
-            index = torch.tensor([number], device=at.device)
-            encoder = dictionary.encoder(index, at.dtype)[0].flatten()
-            dot = (at * encoder).sum(-1) / dictionary.input_scale(scale)[:, 0]
-            return dot + dictionary.constants(index, at.dtype)
+            index = torch.tensor([run.resolve_feature(target.layer, target.feature, target.kind)])
+            at, flat = read[key][:, position], len(dictionary.input_shape)
+            at = (at if at.dtype == torch.float64 else at.float()).flatten(-flat)
+            _, scale, _ = dictionary.normalise(at)
+            if target.layer in self.held.get("norms", ()):
+                # Where norms are held, so is the normalisation of the dictionary's own input.
+                clean = self._clean_read[key][:, position].to(at).flatten(-flat)
+                _, scale, _ = dictionary.normalise(clean)
+            encoder = dictionary.encoder(index.to(at.device), at.dtype)[0].flatten()
+            dot = at @ encoder / dictionary.input_scale(scale)[:, 0]
+            return dot + dictionary.constants(index.to(at.device), at.dtype)
         tokens = [target.token] if isinstance(target, Logit) else [target.correct, target.wrong]
         ids = [run.resolve_token(token)[0] for token in tokens]
         at = uncapped_logits(run.lens.backend, values, ids, position)
         return at[:, 0] - at[:, 1] if len(ids) == 2 else at[:, 0]
-
-
-def _sites_of(dictionary: Dictionary) -> list[Site]:
-    """Sites that tell what a dictionary reads."""
-    layer = dictionary.layer
-    if dictionary.reads in ("z", "attn_out", "mlp_out"):
-        return [Site(dictionary.reads, layer)]
-    return [Site("resid_pre", layer), Site("attn_out", layer)]
-
-
-def read_by(
-    run: Run,
-    dictionary: Dictionary,
-    values: Mapping[Site, Tensor],
-    held: Mapping[str, frozenset[int]],
-) -> Float[Tensor, "batch position ..."]:
-    """What a dictionary reads in a run whose sites were read, in float32 or float64.
-
-    Args:
-        held: by part, where it was held. Held attention is live in z still, and held norms keep
-            their scale.
-    """
-    backend, layer = run.lens.backend, dictionary.layer
-
-    def get(name: str, source: Mapping[Site, Tensor] = values) -> Tensor:
-        value = source[Site(name, layer)]
-        return value.to(torch.promote_types(value.dtype, torch.float32))
-
-    frozen = layer in held.get("norms", ())
-    if dictionary.reads == "attn_out" and layer in held.get("attention", ()):
-        z = get("z")
-        weights = backend.layer_weights(layer).to(z.dtype, z.device)
-        out, norm = weights.attn_out(z), weights.post_norm
-        if norm is None:
-            return out
-        clean = weights.attn_out(get("z", run.capture.values))
-        return norm.apply(out, norm.scale(clean) if frozen else None)
-    if dictionary.reads in ("z", "attn_out", "mlp_out"):
-        return get(dictionary.reads)
-    stream, clean = (
-        get("resid_pre", source)
-        if backend.geometry.parallel
-        else get("resid_pre", source) + get("attn_out", source)
-        for source in (values, run.capture.values)
-    )
-    if dictionary.reads == "mlp_stream":
-        return stream
-    norm = (backend.layer_weights(layer).mlp_norm or Norm("none")).to(stream.dtype, stream.device)
-    scale = norm.scale(clean if frozen else stream)
-    if dictionary.reads == "mlp_in":
-        return norm.apply(stream, scale)
-    return norm.centre(stream) / scale
 
 
 class UnequalResult(InterventionResult):
@@ -445,11 +397,7 @@ class _Plan:
     # -- running ---------------------------------------------------------------------------------
 
     def run_once(self, max_new_tokens: int, more: Iterable[Site] = ()) -> InterventionResult:
-        reads = [*more, *(Site("z", layer) for layer in self.lens.dictionaries)]
-        reads += [site for _, d in self.lens.all_dictionaries() for site in _sites_of(d)]
-        reads += [Site(name, layer) for layer in self._feature_edits() for name in ("v", "pattern")]
-        if self.g.logit_soft_cap is not None:
-            reads.append(Site("unembed_in"))
+        reads = list(dict.fromkeys([*more, *self._reads()]))
         found = self.forward(self.run.tokens, reads)
         generated = clean = None
         if max_new_tokens:
@@ -466,7 +414,10 @@ class _Plan:
             clean=self.run,
             logits=found[Site("logits")],
             z={layer: found[Site("z", layer)] for layer in self.lens.dictionaries},
-            read={layer: self._z_as_read(layer, found) for layer in self.lens.dictionaries},
+            read={
+                (d.kind, layer): self._as_read(d, found)
+                for layer, d in self.lens.all_dictionaries()
+            },
             values=found,
             feature_edits=self._feature_edits(),
             held=self.held,
@@ -474,30 +425,51 @@ class _Plan:
             clean_generated=clean,
         )
 
-    def _feature_edits(self) -> dict[int, list[Any]]:
-        """By layer, the edits of its dictionary."""
-        found: defaultdict[int, list[Any]] = defaultdict(list)
+    def _reads(self) -> list[Site]:
+        """What a result needs to have read."""
+        reads = [Site("z", layer) for layer in self.lens.dictionaries]
+        edited = self._feature_edits()
+        reads += [
+            Site(name, layer)
+            for kind, layer in edited
+            if kind == "attn" and self.lens.dictionaries[layer].reads == "z"
+            for name in ("v", "pattern")
+        ]
+        for layer, d in self.lens.transcoders.items():
+            names = ["mlp_out"] if d.kind == "mlp_sae" else ["resid_pre"]
+            names += ["attn_out"] * (d.kind == "tc" and not self.g.parallel)
+            reads += [Site(name, layer) for name in names]
+        if self.g.logit_soft_cap is not None:
+            reads.append(Site("unembed_in"))
+        return list(dict.fromkeys(reads))
+
+    def _feature_edits(self) -> dict[tuple[str, int], list[Any]]:
+        """By kind and layer, the edits of dictionaries."""
+        found: defaultdict[tuple[str, int], list[Any]] = defaultdict(list)
         for r in self.edits:
-            if isinstance(r.edit, OF_FEATURES) and self._written(r.edit) == "z":
-                found[_edited_layer(r.edit)].append(_plain(r))
+            if isinstance(r.edit, OF_FEATURES):
+                found[r.edit.kind, r.edit.layer].append(_plain(r))
         return dict(found)
 
-    def _written(self, edit: Any) -> str:
-        """Where the dictionary of an edited feature writes."""
-        return self.run.dictionary(edit.layer, edit.kind).writes
+    def _as_read(self, dictionary: Dictionary, found: Mapping[Site, Tensor]) -> Tensor:
+        """What a dictionary reads, before the edits of its own features."""
+        layer, edited = dictionary.layer, self._feature_edits()
+        if dictionary.reads == "z" and ("attn", layer) in edited:
+            return self._z_as_read(layer, found)
+        if dictionary.kind == "mlp_sae" and ("mlp_sae", layer) in edited:
+            # What the MLP wrote cannot be had again from what it writes now.
+            return self.seen.get(("before", "mlp_sae", layer), found[Site("mlp_out", layer)])
+        return read_by(self.run, dictionary, found, self.held)
 
     def _z_as_read(self, layer: int, found: Mapping[Site, Tensor]) -> Tensor:
         """z before the edits of the layer's dictionary, and after those of heads before them."""
-        z = found[Site("z", layer)]
-        if layer not in self._feature_edits():
-            return z
         held = self._holds("patterns", layer)
         pattern = self.clean["pattern", layer] if held else found[Site("pattern", layer)]
         v = found[Site("v", layer)]
-        before = mix_values(pattern.to(v), v).to(z)
+        before = mix_values(pattern.to(v), v).to(found[Site("z", layer)])
         for r in self.edits:
             if _edited_layer(r.edit) == layer:
-                if isinstance(r.edit, OF_FEATURES) and self._written(r.edit) == "z":
+                if isinstance(r.edit, OF_FEATURES) and r.edit.kind == "attn":
                     break
                 if isinstance(r.edit, AblateHead | PatchSite):
                     before = _of_z(r)(before)
@@ -564,13 +536,6 @@ class _Plan:
 
     def _check(self, edit: Edit) -> None:
         """Whether an edit fits the model."""
-        if isinstance(edit, OF_FEATURES) and getattr(edit, "to", None) is not None:
-            self._check_dictionary(edit.kind, edit.layer)  # type: ignore[attr-defined]
-            if self._written(edit) != "z":
-                raise UnsupportedError(
-                    f"{edit}: values from other runs are known for SAEs on hook_z only; give a "
-                    "number with SetFeature"
-                )
         match edit:
             case AddToStream():
                 if edit.site not in ("embed", "attn_out", "mlp_out"):
@@ -587,7 +552,7 @@ class _Plan:
             case SetFeature() | AblateFeature() | ScaleFeature() | Steer():
                 self._check_feature(edit.kind, edit.layer, edit.feature)
             case AblateError():
-                self._check_dictionary(edit.kind, edit.layer)
+                self.run.resolve_layer(edit.layer, edit.kind)
             case AblateHead():
                 self._check_head(edit.layer, edit.head)
             case PatchSite():
@@ -611,37 +576,21 @@ class _Plan:
         if not 0 <= head < self.g.n_heads:
             raise InputError(f"head {head} is out of range: 0..{self.g.n_heads - 1}")
 
-    def _check_dictionary(self, kind: Any, layer: int) -> None:
-        self.run.resolve_layer(layer, kind)
-
     def _check_feature(self, kind: Any, layer: int, feature: int) -> None:
-        self.run.resolve_feature(layer, feature, kind)
-
-    def _check_path(self, end: End) -> None:
-        """Edges are patched between what reads and writes z."""
-        if end.kind in ("tc", "tc_err", "tc_bias"):
-            raise UnsupportedError(
-                "PatchEdge from or to a transcoder is not supported; SetFeature(..., kind='tc') "
-                "edits its features"
-            )
-        dictionary = self.lens.dictionaries.get(end.layer)
-        of_sae = end.kind in ("attn", "attn_err", "attn_bias")
-        if of_sae and dictionary is not None and dictionary.writes != "z":
-            raise UnsupportedError(
-                "PatchEdge from or to an SAE on hook_attn_out is not supported; SetFeature edits "
-                "its features"
-            )
+        self.run.resolve_feature(self.run.resolve_layer(layer, kind), feature, kind)
 
     def _check_end(self, edit: PatchEdge, end: End, what: str) -> None:
-        self._check_path(end)
         match end.kind:
-            case "attn" | "tc":
+            case "attn" | "tc" | "mlp_sae":
                 assert end.index is not None
                 self._check_feature(end.kind, end.layer, end.index)
             case "attn_err":
-                self._check_dictionary("attn", end.layer)
-            case "tc_err" | "tc_bias":
-                self._check_dictionary("tc", end.layer)
+                self.run.resolve_layer(end.layer)
+            case "tc_err" | "tc_bias" | "tc_skip" | "mlp_sae_err" | "mlp_sae_bias":
+                kind: Any = end.kind.rpartition("_")[0]
+                self.run.resolve_layer(end.layer, kind)
+                if end.kind == "tc_skip" and self.run.dictionary(end.layer, kind).W_skip is None:
+                    raise InputError(f"the transcoder of layer {end.layer} has no skip connection")
             case "head" | "value":
                 self._check_head(end.layer, end.index or 0)
             case "pos":
@@ -687,28 +636,30 @@ class _Plan:
                 self.add("z", layer, steps.mix(self.seen, self._watch("v", layer), known))
             if self._holds("norms", layer):
                 self._freeze_norms(layer, weights)
-            self._patch(of_layer, "resid_pre", layer)
-            self._patch(of_layer, "v", layer)
+            self._edit("resid_pre", layer, of_layer)
+            self._edit("v", layer, of_layer)
             edits_of_z = self._read_values(of_layer, layer, weights, known)
-            edits_of_z += self._edit_z(of_layer, layer, weights, known)
+            edits_of_z += self._steps("z", layer, of_layer, weights, known)
             for step in edits_of_z:
                 self.add("z", layer, step)
             if self._holds("attention", layer):
                 self.add("attn_out", layer, self._held_attention(weights, layer, edits_of_z))
-            self._edit_written(of_layer, layer, weights, "attn")
-            self._add_vectors(of_layer, "attn_out", layer)
-            self._patch(of_layer, "attn_out", layer)
+            self._edit("attn_out", layer, of_layer, weights, known)
             if not g.has_mlp:
                 continue
             self._read_mlp(of_layer, layer, weights)
+            raw = self._steps("mlp_raw", layer, of_layer, weights)
+            for step in raw:
+                self.add("mlp_raw", layer, step)
             if self._holds("mlp", layer):
                 self.add("mlp_out", layer, steps.hold(self.clean["mlp_out", layer]))
-            self._edit_written(of_layer, layer, weights, "mlp")
-            self._add_vectors(of_layer, "mlp_out", layer)
-            self._patch(of_layer, "mlp_out", layer)
+                if raw:
+                    clean, norm = self.clean["mlp_raw", layer], weights.mlp_post_norm
+                    scale = self._scales(layer, weights)["mlp_out"]
+                    self.add("mlp_out", layer, steps.held_raw(clean, raw, norm, scale))
+            self._edit("mlp_out", layer, of_layer, weights)
         ends = [r for r in self.edits if _edited_layer(r.edit) == -1]
-        self._add_vectors(ends, "embed", -1)
-        self._patch(ends, "embed", -1)
+        self._edit("embed", -1, ends)
         self._final(ends)
         for name, layer in self.watched:
             self.add(name, layer, steps.see(self.seen, (name, layer)))
@@ -729,15 +680,16 @@ class _Plan:
         sites = [self._watch(name, layer) for name in ("resid_pre", *written)]
         return steps.stream(self.seen, sites)
 
-    def _patch(self, edits: Sequence[_Resolved], site: str, layer: int) -> None:
-        for r in edits:
-            if isinstance(r.edit, PatchSite) and r.edit.site == site and site != "z":
-                self.add(site, layer, steps.replace(r.where, 0.0 if r.new is None else r.new))
-
-    def _add_vectors(self, edits: Sequence[_Resolved], site: str, layer: int) -> None:
-        for r in edits:
-            if isinstance(r.edit, AddToStream) and r.edit.site == site:
-                self.add(site, layer, steps.add(r.edit.vector, r.where))
+    def _edit(
+        self,
+        site: str,
+        layer: int,
+        edits: Sequence[_Resolved],
+        weights: LayerWeights | None = None,
+        pattern: Tensor | None = None,
+    ) -> None:
+        for step in self._steps(site, layer, edits, weights, pattern):
+            self.add(site, layer, step)
 
     # -- norms and attention ---------------------------------------------------------------------
 
@@ -808,76 +760,73 @@ class _Plan:
             moved = steps.normed_change(live, [], changes, norm, scale)
             self.add("unembed_in", -1, steps.add_change(moved))
 
-    # -- edits of z ------------------------------------------------------------------------------
+    # -- edits of a site -------------------------------------------------------------------------
 
-    def _edit_z(
+    def _steps(
         self,
-        edits: Sequence[_Resolved],
+        site: str,
         layer: int,
-        weights: LayerWeights,
-        pattern: Tensor | None,
+        edits: Sequence[_Resolved],
+        weights: LayerWeights | None = None,
+        pattern: Tensor | None = None,
     ) -> list[SiteEdit]:
-        """In the order given; neighbouring edits of the dictionary share one reading of it."""
+        """Edits of a site in the order given; neighbouring ones of its dictionary share one
+        reading."""
         made: list[SiteEdit] = []
         pending: list[Any] = []
+        dictionary = self._dictionary_of(site, layer)
 
         def flush() -> None:
-            if pending:
-                dictionary = self.lens.dictionaries[layer]
-                made.append(steps.set_features(dictionary, list(pending), self.dtype))
+            if pending and dictionary is not None:
+                read = self._transcoder_reads(dictionary) if dictionary.kind == "tc" else None
+                made.append(steps.set_features(dictionary, list(pending), self.dtype, read))
                 pending.clear()
 
         for r in edits:
-            match r.edit:
-                case SetFeature() | AblateFeature() | ScaleFeature() | Steer() | AblateError():
-                    if self._written(r.edit) == "z":
-                        pending.append(_plain(r))
-                    continue
-                case AblateHead() | PatchSite(site="z"):
-                    step = _of_z(r)
-                case PatchEdge() if r.edit.target.kind == "attn" and pattern is not None:
-                    step = self._read_feature(r, layer, weights, pattern)
-                case _:
-                    continue
-            flush()
-            made.append(step)
+            edit, step = r.edit, None
+            if isinstance(edit, OF_FEATURES):
+                if dictionary is not None and edit.kind == dictionary.kind:
+                    if dictionary.kind == "mlp_sae" and not pending:
+                        made.append(steps.see(self.seen, ("before", "mlp_sae", layer)))  # type: ignore[arg-type]
+                    pending.append(_plain(r))
+                continue
+            if isinstance(edit, AddToStream) and edit.site == site:
+                step = steps.add(edit.vector, r.where)
+            elif isinstance(edit, PatchSite) and edit.site == site:
+                step = steps.replace(r.where, 0.0 if r.new is None else r.new)
+            elif isinstance(edit, AblateHead) and site == "z":
+                step = _of_z(r)
+            elif (
+                isinstance(edit, PatchEdge)
+                and dictionary is not None
+                and weights is not None
+                and edit.target.kind == dictionary.kind
+            ):
+                step = self._read_feature(r, dictionary, weights, pattern)
+            if step is not None:
+                flush()
+                made.append(step)
         flush()
         return made
 
-    # -- edits of dictionaries in the residual stream ----------------------------------------------
+    def _dictionary_of(self, site: str, layer: int) -> Dictionary | None:
+        """The dictionary that writes to a site of a layer."""
+        for found in (self.lens.dictionaries.get(layer), self.lens.transcoders.get(layer)):
+            if found is not None and found.writes == site:
+                return found
+        return None
 
-    def _edit_written(
-        self, edits: Sequence[_Resolved], layer: int, weights: LayerWeights, block: str
-    ) -> None:
-        """Edits of features and errors of an SAE on attn_out or of an MLP's dictionary."""
-        chosen = [
-            r
-            for r in edits
-            if isinstance(r.edit, OF_FEATURES)
-            and self._written(r.edit) != "z"
-            and (r.edit.kind == "attn") == (block == "attn")
-        ]
-        if not chosen:
-            return
-        dictionary = self.run.dictionary(layer, chosen[0].edit.kind)  # type: ignore[attr-defined]
-        live = self._live_input(dictionary, weights) if dictionary.kind == "tc" else None
-        site, after, norm = dictionary.writes, None, weights.mlp_post_norm
-        if site == "mlp_raw" and self._holds("mlp", layer) and norm is not None:
-            # What the norm gives is held, so the change goes in behind it.
-            site, after = "mlp_out", (norm, self._scales(layer, weights)["mlp_out"])
-        plain = [_plain(r) for r in chosen]
-        step = steps.set_features(dictionary, plain, self.dtype, live, after)
-        self.add(site, layer, step)
-
-    def _live_input(self, dictionary: Dictionary, weights: LayerWeights) -> Callable[[], Tensor]:
-        """What a transcoder reads, within the forward pass."""
-        layer, norm = dictionary.layer, weights.mlp_norm
-        if dictionary.reads == "mlp_stream" or norm is None:
-            return self._middle(layer)
-        if dictionary.reads == "mlp_in":
-            return steps.stream(self.seen, [self._watch("mlp_in", layer)])
+    def _transcoder_reads(self, dictionary: Dictionary) -> Any:
+        """A maker of what a transcoder reads, live or where its MLP is held, of the clean run."""
+        layer, g = dictionary.layer, self.g
+        weights = self.lens.backend.layer_weights(layer)
+        norm, live = weights.mlp_norm or Norm("none"), self._middle(layer)
         scale = self._held_scale("mlp_in", layer, weights)
-        return steps.normalised_stream(self._middle(layer), norm, scale)
+        if self._holds("mlp", layer):
+            clean = self.clean["resid_pre", layer]
+            clean = clean if g.parallel else clean + self.clean["attn_out", layer]
+            live, scale = steps.with_held(live, clean), self._scales(layer, weights).get("mlp_in")
+        return steps.mlp_reader(live, dictionary.reads, norm, scale, self.dtype)
 
     # -- edges -----------------------------------------------------------------------------------
 
@@ -906,31 +855,56 @@ class _Plan:
                 site = self._watch("mlp_out" if end.kind == "mlp" else "attn_out", layer)
                 change = steps.site_change(seen, site, site, dtype)
             case _:
-                change = self._change_of_z(end)
+                change = self._written(end)
         return change, r.where, r.new
 
-    def _change_of_z(self, end: End) -> Any:
+    def _written(self, end: End) -> Any:
+        """What an edge changes of a writer that is part of a block's output."""
+        of_mlp = _of_mlp(end.kind)
+        found = (self.lens.transcoders if of_mlp else self.lens.dictionaries).get(end.layer)
+        if of_mlp:
+            assert found is not None
+            return self._written_by_mlp(end, found)
         layer, dtype, seen = end.layer, self.dtype, self.seen
         # Where attention is held, the stream has what the clean z wrote.
         held = self._holds("attention", layer)
         z = self._watch("z", layer)
-        if held:
-            z = "held_z", layer
-        dictionary = self.lens.dictionaries.get(layer)
-        if end.kind == "attn":
-            change = steps.feature_change(seen, z, dictionary, end.index or 0, dtype)
-        elif end.kind == "attn_err":
-            change = steps.error_change(seen, z, dictionary, dtype)
-        elif end.kind == "attn_bias":
-            change = steps.bias_change(seen, z, dictionary, dtype)
-        else:
-            change = steps.head_change(seen, z, end.index or 0, dtype)
+        z = ("held_z", layer) if held else z
         w = self.lens.backend.layer_weights(layer)
+        on_z = found is None or found.writes == "z" or end.kind == "head"
+        if end.kind == "head":
+            change = steps.head_change(seen, z, end.index or 0, dtype)
+        elif found is None:  # the biases alone
+            change = steps.no_change(steps.live_value(seen, z, dtype))
+        else:
+            site = z if on_z else self._watch("attn_out", layer)
+            change = _part(end, found, steps.live_value(seen, site, dtype), None)
+        if not on_z:
+            return change
+        with_bias = end.kind == "attn_bias"
+        change = steps.through_output(change, w.W_O, w.b_O, with_bias)
         scale = None
         if w.post_norm is not None and (held or self._holds("norms", layer)):
             scale = self._scales(layer, w)["attn_out"]
-        with_bias = end.kind == "attn_bias"
-        return steps.through_output(change, seen, z, w.W_O, w.b_O, w.post_norm, scale, with_bias)
+        raw = steps.projected(seen, z, w.W_O, w.b_O)
+        return steps.through_norm(change, raw, w.post_norm, scale, with_bias)
+
+    def _written_by_mlp(self, end: End, dictionary: Dictionary) -> Any:
+        layer, dtype, seen = end.layer, self.dtype, self.seen
+        raw = dictionary.writes == "mlp_raw"
+        value = steps.live_value(seen, self._watch(dictionary.writes, layer), dtype)
+        read = self._transcoder_reads(dictionary) if dictionary.kind == "tc" else value
+        if raw and self._holds("mlp", layer):
+            raise UnsupportedError(
+                f"an edge from {end.kind} of layer {layer} while its MLP is held: the transcoder "
+                "writes in front of a norm; hold norms and patterns instead"
+            )
+        change = _part(end, dictionary, read, value)
+        if not raw:
+            return change
+        w = self.lens.backend.layer_weights(layer)
+        scale = self._scales(layer, w)["mlp_out"] if self._holds("norms", layer) else None
+        return steps.through_norm(change, value, w.mlp_post_norm, scale, end.kind.endswith("_bias"))
 
     def _read_values(
         self,
@@ -968,20 +942,36 @@ class _Plan:
         return made
 
     def _read_feature(
-        self, r: _Resolved, layer: int, weights: LayerWeights, pattern: Tensor
-    ) -> SiteEdit:
+        self,
+        r: _Resolved,
+        dictionary: Dictionary,
+        weights: LayerWeights,
+        pattern: Tensor | None,
+    ) -> SiteEdit | None:
+        """An edge into one feature, at the site that its dictionary writes to."""
         assert isinstance(r.edit, PatchEdge)
+        layer, feature = dictionary.layer, r.edit.target.index or 0
+        change = self._change(r)
+        if dictionary.kind == "tc":
+            read = self._transcoder_reads(dictionary)
+            moved = steps.total([change])
+            return steps.change_mlp_feature(
+                moved, read, dictionary, feature, r.reader_where, self.dtype
+            )
+        if pattern is None:
+            return None
         scale = self._held_scale("attn_in", layer, weights)
-        live, change = self._stream(layer), self._change(r)
-        moved = steps.normed_change(live, [], [change], weights.norm, scale)
+        moved = steps.normed_change(self._stream(layer), [], [change], weights.norm, scale)
+        project = None
+        if dictionary.reads == "attn_out":
+            raw = steps.projected(self.seen, self._watch("z", layer), weights.W_O, weights.b_O)
+            after = None
+            if weights.post_norm is not None:
+                after = self._held_scale("attn_out", layer, weights)
+            project = steps.projector(weights.W_O, raw, weights.post_norm, after)
+        where, W_V = r.reader_where, weights.W_V
         return steps.change_reader(
-            moved,
-            weights.W_V,
-            pattern,
-            self.lens.dictionaries[layer],
-            r.edit.target.index or 0,
-            r.reader_where,
-            self.dtype,
+            moved, W_V, pattern, dictionary, feature, where, self.dtype, project
         )
 
     def _read_mlp(self, edits: Sequence[_Resolved], layer: int, weights: LayerWeights) -> None:
@@ -1000,17 +990,22 @@ class _Plan:
         """What an edit replaces."""
         match edit:
             case AblateFeature():
-                return Quantity("feature", edit.layer, edit.feature)
+                return Quantity("feature", edit.layer, edit.feature, edit.kind)
             case AblateError():
-                return Quantity("error", edit.layer)
+                return Quantity("error", edit.layer, of=edit.kind)
             case AblateHead():
                 return Quantity("head", edit.layer, edit.head)
             case PatchSite():
                 return Quantity(edit.site, -1 if edit.site == "embed" else edit.layer)
             case PatchEdge():
                 end = edit.source
-                kind = {"attn": "feature", "attn_err": "error", "mlp": "mlp_out"}.get(end.kind)
-                return Quantity(kind or end.kind, end.layer, end.index or 0)
+                if end.kind in KINDS:
+                    return Quantity("feature", end.layer, end.index or 0, end.kind)
+                if end.kind.endswith("_err"):
+                    return Quantity("error", end.layer, of=end.kind.removesuffix("_err"))
+                return Quantity(
+                    "mlp_out" if end.kind == "mlp" else end.kind, end.layer, end.index or 0
+                )
         raise InputError(f"{edit} takes no value from another run")
 
 
@@ -1021,8 +1016,78 @@ def _of_z(r: _Resolved) -> SiteEdit:
     return steps.replace(r.where, 0.0 if r.new is None else r.new, getattr(r.edit, "head", None))
 
 
+def what_it_reads(
+    lens: FeatureLens,
+    dictionary: Dictionary,
+    values: Mapping[Site, Tensor],
+    scale: Tensor | None = None,
+) -> Tensor:
+    """What a dictionary reads on a run, ``[batch, position, ...]``: z as it stands, what attention
+    makes of it, or what stands in front of the MLP.
+
+    Args:
+        scale: of the norm on the way, where it is held.
+    """
+    layer, weights = dictionary.layer, lens.backend.layer_weights(dictionary.layer)
+    if dictionary.reads == "z":
+        return values[Site("z", layer)]
+    if dictionary.reads == "mlp_out":
+        return values[Site("mlp_out", layer)]
+    if dictionary.reads == "attn_out":
+        raw = weights.attn_out(values[Site("z", layer)].to(weights.W_O))
+        return raw if weights.post_norm is None else weights.post_norm.as_host(raw, scale)
+    x = values[Site("resid_pre", layer)]
+    if not lens.backend.geometry.parallel:
+        x = x + values[Site("attn_out", layer)].to(x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = weights.mlp_norm or Norm("none")
+    return steps.mlp_reader(lambda: x, dictionary.reads, norm, scale, dtype)()
+
+
+def read_by(
+    run: Run,
+    dictionary: Dictionary,
+    values: Mapping[Site, Tensor],
+    held: Mapping[str, frozenset[int]],
+) -> Float[Tensor, "batch position ..."]:
+    """What a dictionary reads in a run whose sites were read, in float32 or float64.
+
+    Args:
+        held: by part, where it was held. Held attention is live in z still, and held norms keep
+            their scale.
+    """
+    scale = None
+    if dictionary.layer in held.get("norms", ()):
+        weights = run.lens.backend.layer_weights(dictionary.layer)
+        scale = _scale_before(run, dictionary, weights)
+    read = what_it_reads(run.lens, dictionary, values, scale)
+    return read.to(torch.promote_types(read.dtype, torch.float32))
+
+
+def _scale_before(run: Run, dictionary: Dictionary, weights: LayerWeights) -> Tensor | None:
+    """The clean scale of the norm on the way to what a dictionary reads."""
+    layer, clean = dictionary.layer, run.capture
+    if dictionary.reads == "attn_out" and weights.post_norm is not None:
+        return _scale(weights.post_norm, weights.attn_out(clean["z", layer].to(weights.W_O)))
+    if dictionary.reads in ("mlp_in", "mlp_normalised") and weights.mlp_norm is not None:
+        middle = clean["resid_pre", layer]
+        if not run.lens.backend.geometry.parallel:
+            middle = middle + clean["attn_out", layer]
+        return _scale(weights.mlp_norm, middle)
+    return None
+
+
+def _part(end: End, dictionary: Dictionary, read: Any, value: Any) -> Any:
+    """A maker of changes of what one part of a dictionary's output writes."""
+    if end.kind.endswith("_err"):
+        return steps.error_change(read, value or read, dictionary)
+    if end.kind.endswith(("_bias", "_skip")):
+        return steps.bias_change(read, dictionary, end.kind.endswith("_skip"))
+    return steps.feature_change(read, dictionary, end.index or 0)
+
+
 def _of_mlp(kind: str) -> bool:
-    return kind in ("mlp", "tc", "tc_err", "tc_bias")
+    return kind.startswith(("mlp", "tc"))
 
 
 def _edited_layer(edit: Edit) -> int:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.nodes import FEATURE_KINDS
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,14 +48,17 @@ __all__ = [
 
 Position = int | str | tuple[int, ...] | None
 Kind = Literal["attn", "tc", "mlp_sae"]
+KINDS = ("attn", "tc", "mlp_sae")
 
 FREEZABLE = ("patterns", "norms", "mlp", "attention")
 PATCHABLE = ("embed", "resid_pre", "v", "z", "attn_out", "mlp_out")
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"
+_CONSTANT = ("attn_bias", "tc_bias", "tc_skip", "mlp_sae_bias", "pos")
 _WRITER = re.compile(
-    rf"(?:(?P<whole>embed|pos)|(?P<part>attn_err|attn_bias|attn_out|mlp|tc_err|tc_bias):(?P<at>{_NUMBER})"
-    rf"|(?P<dictionary>attn|tc):(?P<layer>{_NUMBER}):(?P<feature>{_NUMBER})"
+    r"(?:(?P<whole>embed|pos)|(?P<part>attn_err|attn_bias|attn_out|mlp|tc_err|tc_bias|tc_skip"
+    rf"|mlp_sae_err|mlp_sae_bias):(?P<at>{_NUMBER})"
+    rf"|(?P<dictionary>attn|tc|mlp_sae):(?P<layer>{_NUMBER}):(?P<feature>{_NUMBER})"
     rf"|head:(?P<of>{_NUMBER})\.(?P<head>{_NUMBER}))"
 )
 _READER = re.compile(
@@ -148,8 +150,8 @@ class SetFeature(Edit):
     ``(value - activation) * decoder``.
 
     Args:
-        kind: ``"attn"`` for features of attention, ``"tc"`` for transcoder features of the MLP,
-            ``"mlp_sae"`` for those of an SAE on its output.
+        kind: ``"attn"`` for features of attention, ``"tc"`` for those of a transcoder,
+            ``"mlp_sae"`` for those of an SAE on what the MLP writes.
     """
 
     layer: int
@@ -253,7 +255,8 @@ class PatchEdge(Edit):
     Args:
         writer: ``attn:LAYER:FEATURE``, ``attn_err:LAYER``, ``attn_bias:LAYER``,
             ``head:LAYER.HEAD``, ``attn_out:LAYER`` (the whole block), ``mlp:LAYER``,
-            ``tc:LAYER:FEATURE``, ``tc_err:LAYER``, ``tc_bias:LAYER``, ``embed`` or ``pos``.
+            ``tc:LAYER:FEATURE``, ``tc_err:LAYER``, ``tc_bias:LAYER``, ``tc_skip:LAYER``, the same
+            with ``mlp_sae``, ``embed`` or ``pos``.
         reader: ``value:LAYER.HEAD`` (the value input of a head), ``value:LAYER`` (of all heads),
             ``attn:LAYER:FEATURE`` (the feature's pre-activation, through values), ``mlp:LAYER``,
             ``tc:LAYER:FEATURE``, or ``final`` (the unembedding).
@@ -276,10 +279,10 @@ class PatchEdge(Edit):
         ):
             if not isinstance(text, str) or not pattern.fullmatch(text):
                 raise InputError(f"PatchEdge({what}={text!r}): not a {what}; see its docstring")
-        if self.to is not None and self.writer.partition(":")[0] in ("attn_bias", "tc_bias", "pos"):
+        if self.to is not None and self.writer.partition(":")[0] in _CONSTANT:
             raise InputError(
-                f"PatchEdge(writer={self.writer!r}, to={self.to!r}): this writer is the same on "
-                "every prompt; it can only be taken away (to=None)"
+                f"PatchEdge(writer={self.writer!r}, to={self.to!r}): this writer can "
+                "only be taken away (to=None)"
             )
         if self.reader_position is not None and self.target.kind not in ("attn", "tc"):
             raise InputError(
@@ -304,11 +307,11 @@ class PatchEdge(Edit):
         Raises:
             InputError: not node ids, or a target that reads nothing.
         """
-        from sae_attn_plugin.nodes import TARGET_KINDS, Node
+        from sae_attn_plugin.nodes import Node
 
         writer, reader = Node.parse(source), Node.parse(target)
         at = str(writer).rpartition("@")[0]
-        if reader.kind in TARGET_KINDS:
+        if reader.kind in ("logit", "logit_diff", "direction"):
             return cls(at, "final", writer.position, to)
         if reader.kind not in ("attn", "tc"):
             raise InputError(f"{target} reads nothing: expected a feature or a logit")
@@ -416,9 +419,8 @@ def _fix(edit: Any) -> None:
             object.__setattr__(edit, key, value)
     if not isinstance(getattr(edit, "to", None), Mean | From | None):
         raise InputError(f"{name}: to must be None (zero), Mean(...) or From(...), got {edit.to!r}")
-    if getattr(edit, "kind", "attn") not in FEATURE_KINDS:
-        known = ", ".join(map(repr, FEATURE_KINDS))
-        raise InputError(f"{name}: kind must be one of {known}, got {edit.kind!r}")
+    if getattr(edit, "kind", "attn") not in KINDS:
+        raise InputError(f"{name}: kind must be one of {', '.join(KINDS)}, got {edit.kind!r}")
     if isinstance(edit, PatchSite) and edit.site not in PATCHABLE:
         raise InputError(f"cannot patch {edit.site!r}; known: {', '.join(PATCHABLE)}")
 

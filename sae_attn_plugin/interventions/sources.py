@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Quantity:
     """What an edit replaces: ``"feature"``, ``"error"``, ``"head"`` (its z) or the name of a
-    site."""
+    site. ``of``: the kind of the dictionary."""
 
     kind: str
     layer: int = -1
     index: int = 0
+    of: Any = "attn"
 
 
 def positions_of(
@@ -56,11 +57,16 @@ def gather(run: Run, quantity: Quantity, where: Sequence[int] | None) -> Tensor:
     """A quantity in a run of equal length: ``[prompt, ...]``, or ``[prompt, position, ...]``
     everywhere."""
     if quantity.kind in ("feature", "error"):
-        z = run.capture["z", quantity.layer].to(run.lens.backend.geometry.device)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        from sae_attn_plugin.interventions.apply import what_it_reads
+
+        dictionary, values = run.dictionary(quantity.layer, quantity.of), run.capture.values
+        x = what_it_reads(run.lens, dictionary, values).to(run.lens.backend.geometry.device)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         what = ("set" if quantity.kind == "feature" else "error", quantity.index, None, 0.0)
-        dictionary = run.lens.dictionaries[quantity.layer]
-        live, _, error = steps.read_features(dictionary, z, [what])
+        written = None
+        if dictionary.kind == "tc":
+            written = run.capture[dictionary.writes, quantity.layer].to(x)
+        live, _, error = steps.read_features(dictionary, x, [what], written)
         value = error if quantity.kind == "error" else live[quantity.index]
     elif quantity.kind == "head":
         value = run.capture["z", quantity.layer][:, :, quantity.index]

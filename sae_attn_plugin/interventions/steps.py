@@ -166,46 +166,28 @@ def held_attention(
     return step
 
 
-def normalised_stream(live: Any, norm: Any, scale: Tensor | None) -> Any:
-    """``live()`` centred and scaled, by its own scale or a held one, without gain and bias."""
-
-    def again():
-        x = live()
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return norm.centre(x) / (norm.scale(x) if scale is None else scale.to(x))
-
-    return again
-
-
-def set_features(
-    dictionary: Any, edits: list[Any], dtype: torch.dtype, live: Any = None, after: Any = None
-) -> Any:
+def set_features(dictionary: Any, edits: list[Any], dtype: torch.dtype, read: Any = None) -> Any:
     """What a dictionary writes with features set, its error term kept unless that is edited.
 
     Args:
         dictionary: of the layer.
         edits: ``(what, feature, where, amount)``, in order; ``what`` is ``"set"``, ``"scale"``,
             ``"add"`` or ``"error"``; ``amount`` a number, or as ``new`` of :func:`put`.
-        live: what the dictionary reads, where that is not what it writes.
-        after: a norm and its scale that stand between what the dictionary writes and this step.
+        read: what a transcoder reads; an SAE reads what it writes.
     """
 
     def step(z):
         work = z.to(dtype, copy=True)
-        read = work if live is None else live().to(z.device, dtype)
-        active, scale, error = read_features(dictionary, read, edits, work)
-        wanted, wanted_error = wanted_features(active, error, edits)
-        change = torch.zeros_like(work)
-        for feature, at in active.items():
+        x = work if read is None else read().to(dtype)
+        live, scale, error = read_features(dictionary, x, edits, work)
+        wanted, wanted_error = wanted_features(live, error, edits)
+        for feature, at in live.items():
             row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
             delta = (wanted[feature] - at) * scale
-            change = change + delta.reshape(*delta.shape, *[1] * row.ndim) * row
+            work = work + delta.reshape(*delta.shape, *[1] * row.ndim) * row
         if error is not None:
-            change = change + (wanted_error - error)
-        if after is not None:
-            norm, held = after
-            change = norm.to(dtype, z.device).linear(change, held.to(change))
-        return (work + change).to(z.dtype)
+            work = work + (wanted_error - error)
+        return work.to(z.dtype)
 
     return step
 
@@ -226,20 +208,20 @@ def wanted_features(live: Any, error: Any, edits: list[Any]) -> tuple[Any, Any]:
 
 
 def of_prompt(edit: Any, index: int) -> Any:
-    """An edit of the dictionary for several prompts as it is for one of them."""
+    """An edit of features for several prompts as it is for one of them."""
     what, feature, where, amount = edit
-    each = isinstance(amount, Tensor) and amount.ndim > (what == "error") * 2
+    each = isinstance(amount, Tensor) and what != "error" and amount.ndim > 0
     part = slice(index, index + 1)
     return what, feature, None if where is None else where[part], amount[part] if each else amount
 
 
-def active_features(dictionary: Any, z: Tensor, edits: list[Any]) -> dict[tuple[int, int], float]:
+def active_features(dictionary: Any, x: Tensor, edits: list[Any]) -> dict[tuple[int, int], float]:
     """Activation by ``(position, feature)`` of the active features of one prompt, after edits.
 
     Args:
-        z: ``[1, position, head, d_head]``, as the dictionary reads it.
+        x: ``[1, position, ...]``, what the dictionary reads.
     """
-    work = z.to(torch.promote_types(z.dtype, torch.float32))
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
     encoded = dictionary.encode(work[0])
     columns = (encoded.position.tolist(), encoded.feature.tolist(), encoded.activation.tolist())
     found = {(position, feature): value for position, feature, value in zip(*columns, strict=True)}
@@ -258,20 +240,19 @@ def pick_into(value: Tensor, where: Tensor, changed: Tensor) -> Tensor:
 
 
 def read_features(
-    dictionary: Any, z: Tensor, edits: list[Any], written: Any = None
+    dictionary: Any, x: Tensor, edits: list[Any], value: Tensor | None = None
 ) -> tuple[Any, Tensor, Any]:
     """Live activations ``[prompt, position]`` of the features that edits name, the dictionary's
     output scale ``[prompt, position]``, and its error ``[prompt, position, ...]`` if one needs it.
 
     Args:
-        z: what it reads. written: what it reconstructs, where that is another.
+        x: what the dictionary reads; value: what it reconstructs (None: the same).
     """
-    goal = z if written is None else written
     features = {feature for what, feature, _, _ in edits if what != "error"}
-    live = {feature: z.new_zeros(z.shape[:2]) for feature in sorted(features)}
-    scale = z.new_ones(z.shape[:2])
-    error = torch.zeros_like(goal) if any(what == "error" for what, *_ in edits) else None
-    for number, prompt in enumerate(z):
+    live = {feature: x.new_zeros(x.shape[:2]) for feature in sorted(features)}
+    scale, value = x.new_ones(x.shape[:2]), x if value is None else value
+    error = torch.zeros_like(value) if any(what == "error" for what, *_ in edits) else None
+    for number, prompt in enumerate(x):
         encoded = dictionary.encode(prompt)
         scale[number] = dictionary.output_scale(encoded.scale)[:, 0]
         for feature, at in live.items():
@@ -279,7 +260,7 @@ def read_features(
             at[number, encoded.position[hit]] = encoded.activation[hit]
         if error is not None:
             known, skip = dictionary.decode(encoded), dictionary.skip(prompt)
-            error[number] = goal[number] - (known if skip is None else known + skip)
+            error[number] = value[number] - (known if skip is None else known + skip)
     return live, scale, error
 
 
@@ -297,46 +278,116 @@ def chain(steps: list[Any]) -> Any:
 # -- edges ---------------------------------------------------------------------------------------
 
 
-def feature_change(
-    seen: dict[Any, Tensor], site: tuple[str, int], dictionary: Any, feature: int, dtype: Any
-) -> Any:
-    """A maker of changes of what a feature writes, in the space of its dictionary's output."""
+def mlp_reader(live: Any, how: str, norm: Any, scale: Tensor | None, dtype: Any) -> Any:
+    """What a transcoder reads, from the stream in front of the MLP and what is added to that.
+
+    Args:
+        how: ``Dictionary.reads``. scale: of the norm, where it is held.
+    """
+
+    def read(moved=None):
+        x = live().to(dtype)
+        if moved is not None:
+            x = x + moved.to(x)
+        if how == "mlp_stream":
+            return x
+        own = norm.to(x.dtype, x.device)
+        held = whole_scale(x, own, scale)
+        return own.centre(x) / held if how == "mlp_normalised" else own.apply(x, held)
+
+    return read
+
+
+def with_held(live: Any, held: Tensor) -> Any:
+    """A live value with the clean one over the positions of the clean run."""
+
+    def value():
+        return put(live(), None, held)
+
+    return value
+
+
+def feature_change(read: Any, dictionary: Any, feature: int) -> Any:
+    """A maker of changes of what a feature writes, in the space of its dictionary's output.
+
+    Args:
+        read: gives what the dictionary reads.
+    """
 
     def change(where, new):
-        z = seen[site].to(dtype)
-        live, scale, _ = read_features(dictionary, z, [("set", feature, None, 0.0)])
+        x = read()
+        live, scale, _ = read_features(dictionary, x, [("set", feature, None, 0.0)])
         at = live[feature]
-        row = dictionary.decoder(torch.tensor([feature], device=z.device), dtype)[0]
+        row = dictionary.decoder(torch.tensor([feature], device=x.device), x.dtype)[0]
         delta = (put(at, where, 0.0 if new is None else new) - at) * scale
         return delta.reshape(*delta.shape, *[1] * row.ndim) * row
 
     return change
 
 
-def error_change(
-    seen: dict[Any, Tensor], site: tuple[str, int], dictionary: Any, dtype: Any
-) -> Any:
-    """The same of a dictionary's error."""
+def error_change(read: Any, value: Any, dictionary: Any) -> Any:
+    """The same of a dictionary's error; ``value`` gives what the dictionary reconstructs."""
 
     def change(where, new):
-        _, _, error = read_features(dictionary, seen[site].to(dtype), [("error", -1, None, 0.0)])
+        _, _, error = read_features(dictionary, read(), [("error", -1, None, 0.0)], value())
         return put(error, where, 0.0 if new is None else new) - error
 
     return change
 
 
-def bias_change(seen: dict[Any, Tensor], site: tuple[str, int], dictionary: Any, dtype: Any) -> Any:
-    """The same of what a dictionary writes without any feature."""
+def bias_change(read: Any, dictionary: Any, skip: bool = False) -> Any:
+    """The same of what a dictionary writes without any feature, or of its skip connection."""
 
-    def change(where, new):  # noqa: ARG001 - a bias is only taken away
-        z = seen[site].to(dtype)
-        bias = torch.zeros_like(z)
-        for number, prompt in enumerate(z):
+    def change(where, new):  # noqa: ARG001 - it is only taken away
+        x = read()
+        parts = []
+        for prompt in x:
             encoded = dictionary.encode(prompt)
-            bias[number] = dictionary.bias(encoded.scale, encoded.mean)
-        return put(bias, where, 0.0) - bias
+            one = dictionary.skip(prompt) if skip else dictionary.bias(encoded.scale, encoded.mean)
+            parts.append(one)
+        whole = torch.stack(parts)
+        return put(whole, where, 0.0) - whole
 
     return change
+
+
+def no_change(read: Any) -> Any:
+    """Nothing changes in what ``read`` gives."""
+
+    def change(where, new):  # noqa: ARG001
+        return torch.zeros_like(read())
+
+    return change
+
+
+def live_value(seen: dict[Any, Tensor], site: tuple[str, int], dtype: Any) -> Any:
+    """What stands at a site."""
+
+    def value():
+        return seen[site].to(dtype)
+
+    return value
+
+
+def through_norm(change: Any, live: Any, norm: Any, scale: Tensor | None, with_bias: bool) -> Any:
+    """A change in front of a post-norm as a change behind it; the norm keeps its live scale.
+
+    Args:
+        live: gives what the norm reads; norm: None where there is none; scale: where it is held.
+        with_bias: the change takes away the norm's bias too.
+    """
+
+    def out(where, new):
+        moved = change(where, new)
+        if norm is None:
+            return moved
+        at = norm.to(moved.dtype, moved.device)
+        moved = at.linear(moved, whole_scale(live().to(moved), at, scale))
+        if with_bias and at.bias is not None:
+            moved = moved + put(torch.zeros_like(moved), where, -at.bias)
+        return moved
+
+    return out
 
 
 def head_change(seen: dict[Any, Tensor], z: tuple[str, int], head: int, dtype: Any) -> Any:
@@ -363,36 +414,17 @@ def site_change(seen: dict[Any, Tensor], site: tuple[str, int], like: Any, dtype
     return change
 
 
-def through_output(
-    change: Any,
-    seen: dict[Any, Tensor],
-    z: tuple[str, int],
-    W_O: Tensor,
-    b_O: Tensor,
-    norm: Any,
-    scale: Tensor | None,
-    with_bias: bool,
-) -> Any:
-    """A change of z as a change of the residual stream; the post-norm keeps its live scale.
+def through_output(change: Any, W_O: Tensor, b_O: Tensor, with_bias: bool) -> Any:
+    """A change of z as a change of the output projection.
 
     Args:
-        norm, scale: the post-norm, None where there is none, and its scale where it is held.
-        with_bias: the change takes away the biases of projection and post-norm too.
+        with_bias: the change takes away the projection's bias too.
     """
 
     def out(where, new):
         moved = change(where, new)
         moved = moved.flatten(-2) @ W_O.flatten(0, 1).to(moved)
-        if with_bias:
-            moved = moved + put(torch.zeros_like(moved), where, -b_O)
-        if norm is None:
-            return moved
-        at = norm.to(moved.dtype, moved.device)
-        raw = seen[z].to(moved).flatten(-2) @ W_O.flatten(0, 1).to(moved) + b_O.to(moved)
-        moved = at.linear(moved, whole_scale(raw, at, scale))
-        if with_bias and at.bias is not None:
-            moved = moved + put(torch.zeros_like(moved), where, -at.bias)
-        return moved
+        return moved + put(torch.zeros_like(moved), where, -b_O) if with_bias else moved
 
     return out
 
@@ -475,23 +507,66 @@ def change_reader(
     feature: int,
     where: Tensor | None,
     dtype: torch.dtype,
+    project: Any = None,
 ) -> Any:
-    """z after one feature read it with a change of the values' input.
+    """z, or what attention adds, after one feature read it with a change of the values' input.
 
     Only the activation of the feature changes, as it would if all of z had moved; every other
     feature and the error stay.
+
+    Args:
+        project: takes a change of z to what the dictionary reads; None where that is z.
     """
 
-    def step(z):
-        work = z.to(dtype)
-        moved = change()[:, : z.shape[1]].to(dtype)
+    def step(value):
+        work = value.to(dtype)
+        n = min(pattern.shape[-1], value.shape[1])
+        moved = change()[:, :n].to(dtype)
         values = torch.einsum("bpd,kde->bpke", moved, W_V.to(moved))
         values = values.repeat_interleave(pattern.shape[1] // values.shape[-2], dim=-2)
-        n = min(pattern.shape[-1], z.shape[1])
-        held = pattern[..., :n, :n].to(work)
+        z = torch.einsum("bhqk,bkhe->bqhe", pattern[..., :n, :n].to(work), values)
         shifted = work.clone()
-        shifted[:, :n] += torch.einsum("bhqk,bkhe->bqhe", held, values[:, :n])
-        return (work + one_feature(dictionary, feature, where, work, shifted)).to(z.dtype)
+        shifted[:, :n] += z if project is None else project(z)
+        return (work + one_feature(dictionary, feature, where, work, shifted)).to(value.dtype)
+
+    return step
+
+
+def projector(W_O: Tensor, live: Any, norm: Any, scale: Tensor | None) -> Any:
+    """Takes changes of z to what attention adds; the post-norm keeps its live scale."""
+
+    def project(z):
+        out = z.flatten(-2) @ W_O.flatten(0, 1).to(z)
+        if norm is None:
+            return out
+        own = norm.to(out.dtype, out.device)
+        return own.linear(out, whole_scale(live().to(out), own, scale)[:, : out.shape[1]])
+
+    return project
+
+
+def change_mlp_feature(
+    change: Any, read: Any, dictionary: Any, feature: int, where: Tensor | None, dtype: Any
+) -> Any:
+    """What an MLP writes after one transcoder feature read the stream with a change."""
+
+    def step(value):
+        work = value.to(dtype)
+        moved = one_feature(dictionary, feature, where, read(), read(change()))
+        return (work + moved.to(work)).to(value.dtype)
+
+    return step
+
+
+def held_raw(clean: Tensor, steps: list[Any], norm: Any, scale: Tensor) -> Any:
+    """A held MLP output, and what edits in front of its post-norm change in it."""
+
+    def step(value):
+        edited = clean
+        for edit in steps:
+            edited = edit(edited)
+        change = norm.to(edited.dtype, edited.device).linear(edited - clean, scale.to(edited))
+        return put(value, None, value[:, : clean.shape[1]] + change.to(value))
 
     return step
 
@@ -507,6 +582,7 @@ def one_feature(
     if where is not None:
         change = pick_into(torch.zeros_like(change), where, change)
     row = dictionary.decoder(torch.tensor([feature], device=was.device), was.dtype)[0]
+    # The output scale is that of the run: only the activation is another.
     return (change * scale).reshape(*change.shape, *[1] * row.ndim) * row
 
 

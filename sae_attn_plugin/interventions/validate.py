@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -15,8 +17,8 @@ from tqdm.auto import tqdm
 
 from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.interventions.apply import FREEZABLE, InterventionResult, intervene, read_by
-from sae_attn_plugin.interventions.edits import AddToStream
+from sae_attn_plugin.interventions.apply import InterventionResult, intervene, read_by
+from sae_attn_plugin.interventions.edits import FREEZABLE, AddToStream
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
     PASSING_KINDS,
@@ -32,22 +34,10 @@ if TYPE_CHECKING:
     import networkx as nx
     from matplotlib.figure import Figure
 
+    from sae_attn_plugin.interventions.apply import Frozen
     from sae_attn_plugin.lens import FeatureLens, Run
 
 _SiteName = Literal["embed", "attn_out", "mlp_out"]
-_SITES: dict[str, _SiteName] = {
-    "embed": "embed",
-    "pos": "embed",
-    "attn": "attn_out",
-    "attn_err": "attn_out",
-    "attn_bias": "attn_out",
-    "head": "attn_out",
-    "mlp": "mlp_out",
-    **dict.fromkeys(("tc", "tc_skip", "tc_err", "tc_bias"), "mlp_out"),
-    **dict.fromkeys(("mlp_sae", "mlp_sae_err", "mlp_sae_bias"), "mlp_out"),
-}
-
-
 _Held = Mapping[str, frozenset[int]]  # by frozen part, the layers where it is held
 
 
@@ -69,6 +59,14 @@ class Agreement:
         return float(self.table["error"].max())
 
     @property
+    def slope(self) -> float:
+        """Of the least-squares line through the origin, measured on predicted: 1 where effects
+        have the predicted size."""
+        measured, predicted = self.table["measured"], self.table["predicted"]
+        size = float((predicted**2).sum())
+        return float((measured * predicted).sum()) / size if size else float("nan")
+
+    @property
     def r2(self) -> float:
         """1 - residual over total sum of squares of the measured effects; NaN if they are equal."""
         measured, predicted = self.table["measured"], self.table["predicted"]
@@ -86,21 +84,15 @@ class Agreement:
         """Share of edges whose measured effect has the predicted sign."""
         return float((np.sign(self.table["predicted"]) == np.sign(self.table["measured"])).mean())
 
+    def figures(self) -> dict[str, float]:
+        """All figures by name, with the number of edges."""
+        names = ("max_error", "r2", "slope", "rank_correlation", "sign_agreement")
+        return {"edges": len(self.table), **{name: getattr(self, name) for name in names}}
+
     def by_kind(self) -> pd.DataFrame:
         """The same figures for each kind of source."""
-        parts = {str(kind): Agreement(part) for kind, part in self.table.groupby("kind")}
-        return pd.DataFrame(
-            {
-                kind: {
-                    "edges": len(part.table),
-                    "max_error": part.max_error,
-                    "r2": part.r2,
-                    "rank_correlation": part.rank_correlation,
-                    "sign_agreement": part.sign_agreement,
-                }
-                for kind, part in parts.items()
-            }
-        ).T
+        parts = self.table.groupby("kind")
+        return pd.DataFrame({str(kind): Agreement(part).figures() for kind, part in parts}).T
 
     def __repr__(self) -> str:
         return (
@@ -117,13 +109,80 @@ class Validation:
         frozen: with patterns, norm scales and all other writers held: the edge's own claim, which
             must hold up to rounding.
         free: with everything live, so that indirect paths, patterns and norms respond too.
+        random: the same as ``free`` for as many random edges: each source exchanged for another
+            one of its kind and layer that the graph does not have, their edges computed likewise.
+            None where none was asked for.
+        others: by name, what else was asked to be held.
+        about: what was validated.
     """
 
     frozen: Agreement
     free: Agreement
+    random: Agreement | None = None
+    others: Mapping[str, Agreement] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
-        return f"frozen: {self.frozen}\nfree:   {self.free}"
+        return "\n".join(f"{name + ':':<8}{part}" for name, part in self.parts().items())
+
+    def parts(self) -> dict[str, Agreement]:
+        """Every agreement by name."""
+        random = {} if self.random is None else {"random": self.random}
+        return {"frozen": self.frozen, "free": self.free, **self.others, **random}
+
+    def summary(self) -> pd.DataFrame:
+        """One row per condition with its figures: ``edges, max_error, r2, slope, rank_correlation,
+        sign_agreement``, and ``mean_effect``, the mean of |measured|."""
+        rows = {
+            name: {**part.figures(), "mean_effect": float(part.table["measured"].abs().mean())}
+            for name, part in self.parts().items()
+        }
+        return pd.DataFrame(rows).T.astype({"edges": int})
+
+    def gap(self) -> pd.DataFrame:
+        """How much of the distance between prediction and truth each held part takes away.
+
+        ``distance`` is the root mean square of measured minus predicted; ``closed`` the share of
+        its square that is gone, against ``free``. One row per condition.
+        """
+        rows = {}
+        for name, part in self.parts().items():
+            if name != "random":
+                error = part.table["measured"] - part.table["predicted"]
+                rows[name] = float((error**2).mean() ** 0.5)
+        free = max(rows["free"], 1e-300)
+        return pd.DataFrame(
+            {
+                "distance": pd.Series(rows),
+                "closed": pd.Series({name: 1 - (d / free) ** 2 for name, d in rows.items()}),
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it; NaN is None."""
+        return {
+            "about": dict(self.about),
+            "summary": _records(self.summary().reset_index(names="condition")),
+            "edges": {name: _records(part.table) for name, part in self.parts().items()},
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report: ``.json``, or the picture as ``.png``, ``.svg`` or ``.pdf``.
+
+        Raises:
+            InputError: another ending. FileError: a place that cannot be written.
+        """
+        from sae_attn_plugin.io import check_writable, write_atomically
+
+        path = check_writable(path)
+        if path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+            write_atomically(path, lambda file: file.write(text.encode()))
+        else:
+            from sae_attn_plugin.interventions.pictures import scatter
+
+            scatter(self, path)
+        return path
 
     def plot(self) -> Figure:
         """Predicted against measured effects of every edge, frozen and free, by kind of source."""
@@ -163,6 +222,9 @@ def validate(
     lens: FeatureLens,
     *,
     max_sources: int | None = None,
+    baseline: bool = True,
+    freezes: Mapping[str, Frozen] | None = None,
+    seed: int = 0,
     progress: bool | None = None,
 ) -> Validation:
     """Remove each source of a graph's edges on the model and compare with what its edges predict.
@@ -170,17 +232,23 @@ def validate(
     Args:
         graph: from :meth:`Run.graph` or :meth:`Attribution.to_networkx` of this model and SAEs.
         lens: the model and SAEs the graph was made with.
-        max_sources: only the sources with the largest influence; None: all. Each costs two forward
-            passes.
+        max_sources: only the sources with the largest influence; None: all. Each costs one forward
+            pass for every condition.
+        baseline: measure random edges too.
+        freezes: by name, further parts to hold, one condition each, such as
+            ``{"patterns": "patterns", "norms": "norms"}``.
+        seed: of the random edges.
         progress: show a bar; None: on a terminal.
 
     Raises:
-        InputError: a graph of another model, or of a kind of node that cannot be removed.
+        InputError: a graph of another model, or one without an edge that can be measured.
     """
     if "token_ids" not in graph.graph or not graph.graph.get("targets"):
         raise InputError(
             "the graph does not say which prompt it is of; expected one of this package"
         )
+    if taken := {"frozen", "free", "random"} & set(freezes or {}):
+        raise InputError(f"freezes: the names {', '.join(sorted(taken))} are taken")
     run = lens.run([graph.graph["token_ids"]])
     rows = run.writers.rows()
     edges = _edges(graph)
@@ -190,24 +258,53 @@ def validate(
             raise InputError(f"validate(max_sources={max_sources}): expected at least 1")
         influence = {name: graph.nodes[name].get("influence", 0.0) for name in sources}
         sources = sorted(sources, key=lambda name: -influence[name])[:max_sources]
-    measure = _Measure(run, graph)
-    measured: dict[str, dict[tuple[str, str], float]] = {"frozen": {}, "free": {}}
-    disable = None if progress is None else not progress
-    for name in tqdm(sources, desc="validating", unit="source", disable=disable, leave=False):
-        node = Node.parse(name)
-        if node not in rows:
+    for name in sources:
+        if Node.parse(name) not in rows:
             raise InputError(
                 f"{name} writes nothing on this prompt with this model and these SAEs; the graph "
                 "was made with others"
             )
-        vector = run.writers.full(np.array([rows[node]]))[0]
-        edit = AddToStream(-vector, node.position, _SITES[node.kind], node.layer or 0)
-        targets = [target for source, target in edges if source == name]
-        for label, freeze in (("frozen", FREEZABLE), ("free", ())):
-            result = intervene(lens, run, [edit], freeze, reads=measure.reads)
-            for target in targets:
-                measured[label][name, target] = measure(result, Node.parse(target))
-    return Validation(*(_agreement(edges, measured[label]) for label in ("frozen", "free")))
+    effect_on = _Measure(run, graph)
+    chosen = set(sources)
+    pairs = [(s, t) for s, t in edges if s in chosen]
+    conditions: dict[str, Frozen] = {"frozen": FREEZABLE, "free": (), **(freezes or {})}
+    swapped = _swap(rows, sources, pairs, seed) if baseline else []
+    total = len(sources) * len(conditions) + len({source for source, _ in swapped})
+    size: dict[str, float] = defaultdict(float)
+    for (_, target), weight in edges.items():
+        size[target] += abs(weight)
+    disable = None if progress is None else not progress
+    with tqdm(total=total, desc="validating", unit="pass", disable=disable, leave=False) as bar:
+
+        def measure(pairs: Sequence[tuple[str, str]], freeze: Frozen) -> list[float]:
+            found: dict[tuple[str, str], float] = {}
+            for name in dict.fromkeys(source for source, _ in pairs):
+                edit = _removal(run, rows, name)
+                result = intervene(lens, run, [edit], freeze, reads=effect_on.reads)
+                for source, target in pairs:
+                    if source == name:
+                        found[source, target] = effect_on(result, Node.parse(target))
+                bar.update()
+            return [found[pair] for pair in pairs]
+
+        parts = {
+            name: _agreement(pairs, [edges[pair] for pair in pairs], measure(pairs, freeze), size)
+            for name, freeze in conditions.items()
+        }
+        random = None
+        if swapped:
+            weights = _weights(run, swapped)
+            random = _agreement(swapped, weights, measure(swapped, ()), size)
+    about = {
+        key: graph.graph.get(key) for key in ("model", "backend", "dtype", "prompt", "targets")
+    }
+    return Validation(
+        frozen=parts.pop("frozen"),
+        free=parts.pop("free"),
+        random=random,
+        others=parts,
+        about={**about, "sources": len(sources), "seed": seed},
+    )
 
 
 def _edges(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
@@ -218,6 +315,19 @@ def _edges(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
     if not edges:
         raise InputError("the graph has no edges to validate")
     return dict(edges)
+
+
+def _removal(run: Run, rows: Mapping[Node, int], name: str) -> AddToStream:
+    """The edit that takes a writer out of the residual stream."""
+    node = Node.parse(name)
+    vector = run.writers.full(np.array([rows[node]]))[0]
+    return AddToStream(-vector, node.position, _site(node), node.layer or 0)
+
+
+def _site(node: Node) -> _SiteName:
+    if node.kind in ("embed", "pos"):
+        return "embed"
+    return "attn_out" if node.kind.startswith(("attn", "head")) else "mlp_out"
 
 
 class _Measure:
@@ -343,22 +453,74 @@ def _as_target(node: Node) -> Feature | Logit | LogitDiff:
     return LogitDiff(first, second[0], node.position) if second else Logit(first, node.position)
 
 
+def _swap(
+    rows: Mapping[Node, int],
+    sources: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    seed: int,
+) -> list[tuple[str, str]]:
+    """The edges with each source exchanged for a random one of its kind and layer that is no source
+    of the graph and not after the target; edges without such a one are left out."""
+    rng = np.random.default_rng(seed)
+    known = {Node.parse(name) for name in sources}
+    others: dict[tuple[str, int | None], list[Node]] = defaultdict(list)
+    for node in rows:
+        if node not in known:
+            others[node.kind, node.layer].append(node)
+    found: dict[tuple[str, str], None] = {}
+    for source, target in pairs:
+        one, last = Node.parse(source), Node.parse(target)
+        if last.kind in (*PASSING_KINDS, "mlp_sae"):
+            continue  # what passes on is a vector, whose direction only the graph has
+        # A reader of the stream sees its own position only; attention all before it too.
+        candidates = [
+            node
+            for node in others[one.kind, one.layer]
+            if (
+                node.position <= last.position
+                if last.kind == "attn"
+                else node.position == last.position
+            )
+            and (str(node), target) not in found
+        ]
+        if candidates:
+            found[str(candidates[rng.integers(len(candidates))]), target] = None
+    return list(found)
+
+
+def _weights(run: Run, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """The edges between given pairs, zero where there is none."""
+    targets = [_as_target(Node.parse(target)) for _, target in pairs]
+    attribution = run.attribute(list(dict.fromkeys(targets)), node_budget=0)
+    frame = attribution.edges
+    wanted = {source for source, _ in pairs}
+    frame = frame[frame["source"].isin(wanted)]
+    columns = (frame["source"], frame["target"], frame["weight"].tolist())
+    weights = {(str(s), str(t)): w for s, t, w in zip(*columns, strict=True)}
+    return [weights.get(pair, 0.0) for pair in pairs]
+
+
 def _agreement(
-    edges: dict[tuple[str, str], float], measured: dict[tuple[str, str], float]
+    pairs: Sequence[tuple[str, str]],
+    weights: Sequence[float],
+    measured: Sequence[float],
+    size: Mapping[str, float],
 ) -> Agreement:
-    size: dict[str, float] = defaultdict(float)
-    for (_, target), weight in edges.items():
-        size[target] += abs(weight)
     return Agreement(
         pd.DataFrame(
             {
                 "source": source,
                 "target": target,
                 "kind": Node.parse(source).kind,
-                "predicted": -edges[source, target],
+                "predicted": -weight,
                 "measured": effect,
-                "error": abs(effect + edges[source, target]) / size[target],
+                "error": abs(effect + weight) / size[target],
             }
-            for (source, target), effect in measured.items()
+            for (source, target), weight, effect in zip(pairs, weights, measured, strict=True)
         )
     )
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON holds them; NaN is None."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")

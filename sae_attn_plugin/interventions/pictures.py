@@ -1,0 +1,96 @@
+"""Pictures of validations, faithfulness and recovery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_attn_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from sae_attn_plugin.interventions.faithfulness import Faithfulness
+    from sae_attn_plugin.interventions.validate import Agreement, Validation
+
+_COLOURS = {
+    "embed": "#7f7f7f",
+    "pos": "#bcbd22",
+    "attn": "#1f77b4",
+    "attn_err": "#d62728",
+    "attn_bias": "#9467bd",
+    "head": "#17becf",
+    "mlp": "#ff7f0e",
+}
+_LEAST = 1e-12
+
+
+def figure(columns: int, width: float = 4.2, height: float = 4.2) -> tuple[Any, Any]:
+    """A figure that needs no display, and its axes."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width * columns, height), layout="constrained")
+    return made, made.subplots(1, columns, squeeze=False)[0]
+
+
+def save(made: Any, path: Path) -> None:
+    """Write a figure whole or not at all.
+
+    Raises:
+        InputError: an ending that is no picture's.
+    """
+    from sae_attn_plugin.io import write_atomically
+
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("png", "svg", "pdf"):
+        raise InputError(f"{path.name}: expected a file that ends in .json, .png, .svg or .pdf")
+    write_atomically(path, lambda file: made.savefig(file, format=kind, dpi=150))
+
+
+def scatter(validation: Validation, path: Path) -> None:
+    """Measured against predicted effects of every edge, one panel per condition."""
+    parts = validation.parts()
+    made, axes = figure(len(parts))
+    for ax, (name, part) in zip(axes, parts.items(), strict=True):
+        _panel(ax, name, part)
+    axes[0].set_ylabel("measured effect")
+    handles, labels = [], []
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            if label not in labels:
+                handles.append(handle)
+                labels.append(label)
+    axes[-1].legend(handles, labels, fontsize=7, loc="lower right", framealpha=0.9)
+    save(made, path)
+
+
+def _panel(ax: Any, name: str, part: Agreement) -> None:
+    table = part.table
+    for kind, rows in table.groupby("kind"):
+        colour = _COLOURS.get(str(kind), "#8c564b")
+        ax.scatter(
+            rows["predicted"], rows["measured"], s=9, alpha=0.6, color=colour, lw=0, label=str(kind)
+        )
+    largest = max(float(table[["predicted", "measured"]].abs().max().max()), _LEAST) * 1.08
+    ax.plot([-largest, largest], [-largest, largest], color="black", lw=0.7, zorder=0)
+    small = float(table[["predicted", "measured"]].abs().stack().median())
+    for scale in (ax.set_xscale, ax.set_yscale):
+        scale("symlog", linthresh=max(small, _LEAST))
+    ax.set_xlim(-largest, largest)
+    ax.set_ylim(-largest, largest)
+    ax.set_aspect("equal")
+    ax.tick_params(labelsize=6)
+    ax.set_title(f"{name}: R2 {part.r2:.3f}, sign {part.sign_agreement:.0%}", fontsize=9)
+    ax.set_xlabel("predicted: minus the edge")
+
+
+def curve(faithfulness: Faithfulness, path: Path) -> None:
+    """Faithfulness of ever larger parts of a circuit, with its interval."""
+    made, axes = figure(1, 5.2, 3.8)
+    ax, table = axes[0], faithfulness.curve
+    ax.fill_between(table["share"], table["low"], table["high"], alpha=0.2, color="#1f77b4", lw=0)
+    ax.plot(table["share"], table["faithfulness"], marker="o", ms=3, color="#1f77b4")
+    for level, style in ((0.0, ":"), (1.0, "--")):
+        ax.axhline(level, color="black", lw=0.7, ls=style)
+    ax.set_xlabel("share of the circuit kept")
+    ax.set_ylabel("faithfulness")
+    ax.set_title(f"CPR {faithfulness.cpr:.3f}, CMD {faithfulness.cmd:.3f}", fontsize=9)
+    save(made, path)

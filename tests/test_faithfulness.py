@@ -1,0 +1,162 @@
+"""Keeping only a circuit, against hooks and sae_lens by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sae_attn_plugin as sap
+
+
+@pytest.fixture(scope="module")
+def lens() -> sap.FeatureLens:
+    return sap.demo.load()
+
+
+@pytest.fixture(scope="module")
+def ioi(lens: sap.FeatureLens) -> Any:
+    return sap.tasks.IOIDataset(6, lens.tokenizer, 3, prepend_bos=lens.prepend_bos)
+
+
+@pytest.fixture(scope="module")
+def graph(lens: sap.FeatureLens) -> Any:
+    return lens.run(sap.demo.ioi_prompt()).graph(sap.LogitDiff(" Mary", " John"), max_nodes=25)
+
+
+def by_hand(lens: Any, text: str, keep: Any, new: Any, new_error: Any) -> torch.Tensor:
+    """Logits at the end with the features ``keep[layer]`` live at all positions; by sae_lens."""
+    saes = list(sap.demo.load_saes().values())
+    model, hooks = lens.backend.model, []
+    for layer, sae in enumerate(saes):
+
+        def edit(z: torch.Tensor, hook: Any, sae: Any = sae, layer: int = layer) -> torch.Tensor:  # noqa: ARG001
+            acts = sae.encode(z)
+            error = z - sae.decode(acts)
+            features, errors = keep[layer]
+            other = new[layer].expand_as(acts).clone()
+            other[..., features] = acts[..., features]
+            return sae.decode(other) + (error if errors else new_error[layer])
+
+        hooks.append((f"blocks.{layer}.attn.hook_z", edit))
+    with torch.no_grad():
+        return model.run_with_hooks(lens.to_tokens(text), fwd_hooks=hooks)[0, -1]
+
+
+def kept(names: Any) -> dict[int, tuple[list[int], bool]]:
+    found: dict[int, tuple[list[int], bool]] = {layer: ([], False) for layer in range(4)}
+    for name in names:
+        kind, layer, *feature = name.split(":")
+        features, errors = found[int(layer)]
+        if kind == "attn":
+            features.append(int(feature[0]))
+        else:
+            errors = True
+        found[int(layer)] = features, errors
+    return found
+
+
+@pytest.mark.parametrize("ablate", ["mean", "zero"])
+def test_against_sae_lens(lens: Any, ioi: Any, graph: Any, ablate: Any) -> None:
+    found = sap.faithfulness(graph, lens, ioi, ablate=ablate, minimality=2, shares=(0.2, 1))
+    saes = list(sap.demo.load_saes().values())
+    new, new_error = [], []
+    for layer, sae in enumerate(saes):
+        acts, errors = [], []
+        for text in ioi.abc().texts:
+            z = lens.run(text).capture["z", layer][0]
+            with torch.no_grad():
+                acts.append(sae.encode(z))
+                errors.append(z - sae.decode(acts[-1]))
+        zero = ablate == "zero"
+        new.append(torch.cat(acts).mean(0) * (not zero))
+        new_error.append(torch.cat(errors).mean(0) * (not zero))
+
+    def metric(names: Any) -> float:
+        values = []
+        for i, text in enumerate(ioi.texts):
+            logits = by_hand(lens, text, kept(names), new, new_error)
+            values.append(float(logits[ioi.correct[i]] - logits[ioi.wrong[i]]))
+        return float(np.mean(values))
+
+    assert found.circuit == pytest.approx(metric(found.nodes), abs=1e-3)
+    assert found.empty == pytest.approx(metric([]), abs=1e-3)
+    assert found.model == pytest.approx(
+        float(sap.tasks.ioi_scores(lens, ioi).logit_difference.mean()), abs=1e-3
+    )
+    count = int(found.curve["nodes"].iloc[0])
+    assert found.curve["metric"].iloc[0] == pytest.approx(metric(found.nodes[:count]), abs=1e-3)
+    name, without = found.minimality.loc[0, ["node", "metric"]]
+    assert without == pytest.approx(metric([n for n in found.nodes if n != name]), abs=1e-3)
+    span = found.model - found.empty
+    assert found.faithful.value == pytest.approx((found.circuit - found.empty) / span)
+    assert found.minimality.loc[0, "drop"] == pytest.approx((found.circuit - without) / span)
+
+
+def test_everything_kept_is_the_model(lens: Any, ioi: Any) -> None:
+    """A circuit of all features: only those that are silent on its prompt are missing elsewhere."""
+    run = lens.run(ioi)
+    prompt = ioi.texts[0]
+    alone = sap.tasks.IOIDataset(1, lens.tokenizer, 3, prepend_bos=lens.prepend_bos)
+    assert alone.texts == [prompt]
+    att = lens.run(prompt).attribute(sap.LogitDiff(int(ioi.correct[0]), int(ioi.wrong[0])))
+    found = sap.faithfulness(
+        att.to_networkx(), lens, alone, minimality=0, shares=(0, 1), positions="same"
+    )
+    score = float(run.roles.score(run[0].logits)[0]) if len(run) == 1 else found.model
+    # what has no path to the answer is not in the graph
+    assert found.circuit == pytest.approx(score, abs=1e-3)
+    assert found.faithful.value == pytest.approx(1, abs=1e-3)
+    assert found.complement == pytest.approx(found.empty, abs=1e-3)
+    assert list(found.curve["faithfulness"]) == pytest.approx([0, 1], abs=1e-3)
+    assert found.cpr == pytest.approx(0.5, abs=1e-3)
+    assert found.cmd == pytest.approx(0.5, abs=1e-3)
+
+
+def test_roles_and_resampling(lens: Any, ioi: Any, graph: Any) -> None:
+    roles = {2: "S1", 4: "IO", 10: "S2", 14: "END"}
+    found = sap.faithfulness(
+        graph,
+        lens,
+        ioi,
+        ablate="resample",
+        positions=roles,
+        minimality=0,
+        shares=(1,),
+    )
+    # the complement keeps all but the circuit: the same as patching the circuit from the others
+    edits: list[sap.Edit] = []
+    for name in found.nodes:
+        node = sap.Node.parse(name)
+        role, other = roles[node.position], sap.From("abc")
+        edits.append(
+            sap.AblateFeature(node.layer, node.feature, role, to=other)  # type: ignore[arg-type]
+            if node.kind == "attn"
+            else sap.AblateError(node.layer, role, to=other)  # type: ignore[arg-type]
+        )
+    patched = lens.intervene_dataset(ioi, edits, sources={"abc": ioi.abc()}).edited
+    assert found.complement == pytest.approx(float(patched.mean()), abs=1e-3)
+    assert 0 < len(found.nodes) < 25
+
+
+def test_a_report_is_written(lens: Any, ioi: Any, graph: Any, tmp_path: Any) -> None:
+    found = sap.faithfulness(graph, lens, ioi, minimality=1, shares=(0, 0.5, 1))
+    data = json.loads(found.save(tmp_path / "report.json").read_text())
+    assert data["cpr"] == found.cpr
+    assert len(data["curve"]) == 3
+    assert found.save(tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit(lens: Any, ioi: Any, graph: Any) -> None:
+    with pytest.raises(sap.InputError, match="ablate must be"):
+        sap.faithfulness(graph, lens, ioi, ablate="noise")  # type: ignore[arg-type]
+    with pytest.raises(sap.InputError, match="shares must lie"):
+        sap.faithfulness(graph, lens, ioi, shares=(0, 2))
+    with pytest.raises(sap.InputError, match="no attention features"):
+        sap.faithfulness(graph, lens, ioi, positions={0: "END"})
+    moved = ioi.with_sentence_in_front("One day it was late.")
+    with pytest.raises(sap.InputError, match="paired prompts need equal lengths"):
+        sap.faithfulness(graph, lens, ioi, ablate="resample", reference=moved, minimality=0)
