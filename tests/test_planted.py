@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import HOSTS, on_host
+from helpers import on_host
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.demo.planted import plant, recovery
@@ -16,7 +16,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", ["hooked_transformer", "nnsight"])
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
 def test_without_noise_the_graph_is_the_drawn_one(host: str, sizes: dict[str, int]) -> None:
     for seed in range(2):
@@ -42,7 +42,8 @@ def test_drawn_edges_are_causal() -> None:
     lens = planted.lens()
     graph = lens.run([list(planted.tokens)]).graph(planted.target, nodes=1, edges=1)
     table = sap.validate(graph, lens, baseline=False).frozen.table
-    measured = {(s, t): m for s, t, m in table[["source", "target", "measured"]].values}
+    columns = (table["source"], table["target"], table["measured"])
+    measured = {(s, t): m for s, t, m in zip(*columns, strict=True)}
     for edge, weight in planted.edges.items():
         assert measured[edge] == pytest.approx(-weight, rel=1e-4)
 
@@ -59,9 +60,9 @@ def test_the_same_circuit_at_every_noise() -> None:
 
 def test_recovery_breaks_where_noise_is_strong() -> None:
     table = recovery([0.1, 1.0], range(4), progress=False)
-    mean = table.groupby("noise")[["precision", "recall"]].mean()
-    assert (mean.loc[0.1] >= 0.95).all()
-    assert (mean.loc[1.0] < 0.6).all()
+    for column in ("precision", "recall"):
+        assert table[table["noise"] == 0.1][column].mean() >= 0.95
+        assert table[table["noise"] == 1.0][column].mean() < 0.6
 
 
 def test_sizes_that_make_no_circuit() -> None:

@@ -5,9 +5,9 @@ exactly it, turns every space by a random rotation, and then adds noise to every
 noise the attribution graph is the drawn one, weights included; with noise, precision and recall of
 what is found tell when attribution stops finding what is there.
 
-*What is drawn.* ``width`` features in each of ``depth`` layers, one per head. A head looks from each
-position at one earlier position, drawn at random. Features of layer 0 read the token there, with a
-random weight for each token of the vocabulary; later ones read ``parents`` features of earlier
+*What is drawn.* ``width`` features in each of ``depth`` layers, one per head. From each position a
+head looks at one position up to it, drawn at random. Features of layer 0 read the token there, with
+a random weight for each token of the vocabulary; later ones read ``parents`` features of earlier
 layers, at least one of them of the layer before; a logit at the last position reads ``parents``
 features of the last layer.
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEAST_SHARE", "Planted", "plant", "recovery"]
 
-LEAST_SHARE = 0.1  # of a target's |in-edges|: an edge below is not counted as found
+LEAST_SHARE = 0.05  # of a target's |in-edges|: an edge below is not counted as found
 _EPSILON = 1e-5  # of every norm
 _GAP = 30.0  # by which the score of the position looked at is ahead
 _VOCABULARY = 8
