@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -96,22 +97,18 @@ def test_against_sae_lens(lens: Any, ioi: Any, graph: Any, ablate: Any) -> None:
     assert found.minimality.loc[0, "drop"] == pytest.approx((found.circuit - without) / span)
 
 
-def test_everything_kept_is_the_model(lens: Any, ioi: Any) -> None:
-    """A circuit of all features: only those that are silent on its prompt are missing elsewhere."""
-    run = lens.run(ioi)
-    prompt = ioi.texts[0]
+def test_everything_kept_is_the_model(lens: Any) -> None:
+    """A circuit of every active feature and error, at its own position."""
     alone = sap.tasks.IOIDataset(1, lens.tokenizer, 3, prepend_bos=lens.prepend_bos)
-    assert alone.texts == [prompt]
-    att = lens.run(prompt).attribute(sap.LogitDiff(int(ioi.correct[0]), int(ioi.wrong[0])))
+    whole: Any = nx.DiGraph(model="demo")
+    for node in lens.run(alone.texts[0]).writers.rows():
+        if node.kind in ("attn", "attn_err"):
+            whole.add_node(str(node), influence=1.0)
     found = sap.faithfulness(
-        att.to_networkx(), lens, alone, minimality=0, shares=(0, 1), positions="same"
+        whole, lens, alone, ablate="zero", minimality=0, shares=(0, 1), positions="same"
     )
-    score = float(run.roles.score(run[0].logits)[0]) if len(run) == 1 else found.model
-    # what has no path to the answer is not in the graph
-    assert found.circuit == pytest.approx(score, abs=1e-3)
+    assert found.circuit == pytest.approx(found.model, abs=1e-3)
     assert found.faithful.value == pytest.approx(1, abs=1e-3)
-    assert found.complement == pytest.approx(found.empty, abs=1e-3)
-    assert list(found.curve["faithfulness"]) == pytest.approx([0, 1], abs=1e-3)
     assert found.cpr == pytest.approx(0.5, abs=1e-3)
     assert found.cmd == pytest.approx(0.5, abs=1e-3)
 

@@ -142,7 +142,8 @@ def faithfulness(
         data: ``IOIDataset`` or ``InductionDataset``, whose metric is measured.
         ablate: what an ablated component has: its mean over all prompts and positions of
             ``reference``, its value in the paired prompt of ``reference`` at the same position
-            (prompts of equal length), or zero.
+            (prompts of equal length), or zero. Features that are silent on a prompt are ablated
+            too: a mean puts them at their mean.
         reference: None: ``data.abc()`` of IOI prompts, else ``data`` itself.
         errors: whether the errors are components; if not they stay live.
         positions: where a component of the circuit is kept: ``"all"`` positions, the ``"same"``
