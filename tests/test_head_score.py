@@ -120,6 +120,8 @@ def test_graph_of_a_score(tmp_path: Any) -> None:
     assert not any("head" in data for *_, data in by_head.in_edges("score:2.1:6@8", data=True))
     with pytest.raises(sap.InputError, match="cannot be measured"):
         sap.validate(graph, run.lens, max_sources=1)
+    with pytest.raises(sap.InputError, match="measures a Feature, Logit or LogitDiff"):
+        run.lens.intervene(run, []).value(sap.HeadScore(2, 1, -1, 6))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
