@@ -218,8 +218,8 @@ class InterventionResult:
         run = self.clean
         if not isinstance(target, Feature | Logit | LogitDiff):
             raise InputError(
-                f"an intervention measures a Feature, Logit or LogitDiff, not {target!r}; attention "
-                "scores and directions are not read"
+                f"an intervention measures a Feature, Logit or LogitDiff, not {target!r}; "
+                "attention scores and directions are not read"
             )
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
