@@ -67,12 +67,11 @@ def test_dfa_sources_and_qk(server: Server, run: Any) -> None:
     for got, expected in zip(found["by_head_and_source"], dfa.by_head_and_source, strict=True):
         assert got == pytest.approx(expected[:15].tolist(), rel=1e-5, abs=1e-9)
     assert found["activation"] == pytest.approx(float(row.activation), rel=1e-6)
-    total = 0.0
-    for source in range(15):
-        listed = answer(server, "sources", source=source, **place)
-        total += listed["here"]
+    lists = [answer(server, "sources", source=source, **place) for source in range(15)]
+    for listed in lists:
         weights = [abs(row["weight"]) for row in listed["rows"]]
         assert weights == sorted(weights, reverse=True)
+    total, listed = sum(one["here"] for one in lists), lists[-1]
     assert total + listed["constant"] == pytest.approx(listed["value"], rel=1e-5)
     assert listed["value"] == pytest.approx(found["pre_activation"], rel=1e-5)
     found = answer(server, "qk", layer=1, head=4, query=14, key=9)
@@ -320,12 +319,11 @@ def test_sessions_follow_no_links_and_refuse_other_files(tmp_path: Path) -> None
 
 
 def wait_for(jobs: Jobs, identifier: str, *states: str) -> dict[str, Any]:
-    for _ in range(1000):
-        shown = jobs.show(identifier)
-        if shown["state"] in states:
-            return shown
+    end = time.monotonic() + 10
+    while (shown := jobs.show(identifier))["state"] not in states:
+        assert time.monotonic() < end, shown
         time.sleep(0.01)
-    raise AssertionError(shown)
+    return shown
 
 
 def test_one_after_another_with_progress_and_cancel() -> None:

@@ -298,6 +298,8 @@ def test_suggested_groups_are_alike() -> None:
 
 
 def test_supernodes_go_to_neuronpedia() -> None:
+    from test_neuronpedia import check_valid
+
     from sae_attn_plugin.graphs.neuronpedia import to_neuronpedia
 
     graph = real_graph()
@@ -306,8 +308,10 @@ def test_supernodes_go_to_neuronpedia() -> None:
     document = to_neuronpedia(graph, scan="x")
     ids = {node["sae_attn_id"]: node["node_id"] for node in document["nodes"]}
     assert document["qParams"]["supernodes"] == [["three", *(ids[name] for name in names)]]
-    merged = sap.contract(graph, {"three": names})
-    assert to_neuronpedia(merged, scan="x")["qParams"]["supernodes"] == []
+    check_valid(document)
+    merged = to_neuronpedia(sap.contract(graph, {"three": names}), scan="x")
+    assert merged["qParams"]["supernodes"] == []
+    check_valid(merged)
 
 
 # -- several graphs --------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def _index(number: int) -> Any:
 @pytest.mark.parametrize("prune", [False, True])
 def test_the_ledger_closes_over_heads(lenses: Any, prune: bool) -> None:
     for run in lenses:
-        attribution = run.attribute(TARGET)
+        attribution = run.attribute(TARGET, node_budget=20)
         if prune:
             attribution = attribution.prune(0.7, 0.9)
         graph = attribution.to_networkx()
