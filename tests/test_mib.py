@@ -145,3 +145,27 @@ def test_files_and_refusals(lenses: Any, tmp_path: Path) -> None:
     with pytest.raises(sap.UnsupportedError, match="cannot end a circuit of heads"):
         to_mib(graph, run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_transcoder_features_are_their_mlp() -> None:
+    """What they read sums to their pre-activations, what they write to the MLP's own output."""
+    run = sap.demo.load(transcoders=True).run(sap.demo.ioi_prompt())
+    target = sap.LogitDiff(" Mary", " John")
+    attribution = run.attribute(target, node_budget=60)
+    graph = attribution.to_networkx()
+    document = to_mib(graph, run)
+    extra, name = document["sae_attn"], graph.graph["targets"][0]
+    into = sum(s for edge, s in scores(document).items() if edge.endswith("->m3"))
+    expected = 0.0
+    for source, _, weight in graph.in_edges(name, data="weight"):
+        row = graph.nodes[source]
+        if row["kind"] == "tc" and row["layer"] == 3 and "constant" in row:
+            expected += weight / row["activation"] * (row["pre_activation"] - row["constant"])
+    assert abs(expected) > 1e-3
+    found = into + extra["unassigned"].get("m3", 0.0)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    plain = sap.demo.load().run(sap.demo.ioi_prompt())
+    direct = to_mib(plain.attribute(target, node_budget=0).to_networkx(), plain)
+    for layer in range(4):
+        edge = f"m{layer}->logits"
+        assert scores(document)[edge] == pytest.approx(scores(direct)[edge], abs=1e-4)

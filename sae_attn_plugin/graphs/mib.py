@@ -6,7 +6,7 @@ edges from heads to the value inputs of heads (``a0.h1->a3.h4<v>``).
 
 Only the path through values is ours. Query and key inputs, and the inputs of MLPs, are edges of the
 format too; they stand in the file with score 0 and outside the circuit, which says nothing about
-them.
+them. The features of an MLP's transcoder read its input (``a0.h1->m3``), where the graph has them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_attn_plugin.attribution.readers import StreamReader, feature_readers
+from sae_attn_plugin.attribution.readers import (
+    StreamReader,
+    feature_readers,
+    mlp_feature_readers,
+)
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.nodes import Logit, LogitDiff, Node, unquote
 
@@ -35,8 +39,8 @@ __all__ = ["to_mib"]
 _MLP = ("mlp", "tc", "mlp_sae")  # and what is missing of them
 _TOLERANCE = 1e-3  # of a target's edges; other runs, and other precisions, miss by far more
 _NOTE = (
-    "Scores of attribution through values only (<v>): query and key inputs and MLP inputs are not "
-    "attributed, have score 0 and are outside the circuit."
+    "Scores of attribution through values only (<v>): query and key inputs, and inputs of MLPs "
+    "without a transcoder, are not attributed, have score 0 and are outside the circuit."
 )
 
 
@@ -269,16 +273,33 @@ def _readers(
         heads, weights = one.heads[0], one.weights[0]
         ends = [f"a{node.layer}.h{h}<v>" for h in range(len(heads))]
         return ends, lambda position: heads * weights[:, position, None]
+    if node.kind == "tc":
+        return [f"m{node.layer}"], _mlp_reader(run, node)
     if node.kind not in ("logit", "logit_diff"):
         raise UnsupportedError(
             f"the target {node} cannot end a circuit of heads; expected a logit, a logit "
-            "difference or attention features"
+            "difference, or features of attention or of transcoders"
         )
     tokens = unquote(node.label or "")
     target = (Logit if node.kind == "logit" else LogitDiff)(*tokens, position=node.position)
     reader = run._resolve(target)[1]
     assert isinstance(reader, StreamReader)
     return ["logits"], lambda _: reader.vector[None]
+
+
+def _mlp_reader(run: Run, node: Node) -> Callable[[int], Float[Tensor, "end d_model"]]:
+    """What a transcoder feature reads, at its own position."""
+    assert node.layer is not None
+    mlp, device = run.frozen.layers[node.layer].mlp, run.frozen.embed.device
+    assert mlp is not None
+    feature = torch.tensor([node.feature], device=device)
+    found = mlp_feature_readers(mlp, feature, torch.tensor([node.position], device=device), None)
+    if not found.centred and run.writers.means is not None:
+        raise UnsupportedError(
+            f"the transcoder of layer {node.layer} reads the residual stream without centring; a "
+            "circuit of heads is not known for it"
+        )
+    return lambda _: found.vectors
 
 
 # -- the names of the format -----------------------------------------------------------------------
