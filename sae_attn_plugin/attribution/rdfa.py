@@ -495,11 +495,11 @@ def _expand_attention(
     frozen, device = state.run.layers[layer], state.influence.device
 
     def readers(piece: slice) -> FeatureReaders:
-        which = torch.from_numpy(index[piece]).to(device)
+        which = torch.from_numpy(index[piece])
         at = torch.from_numpy(position[piece]).to(device)
         if frozen.dictionary is not None:
             return feature_readers(frozen, which, at)
-        return head_readers(frozen, which, at, state.direction(nodes[piece]))
+        return head_readers(frozen, which.to(device), at, state.direction(nodes[piece]))
 
     state.add(_expand(state, layer, nodes, position, readers))
 
@@ -700,7 +700,7 @@ def edges_by_head(
         piece = slice(first, first + chunk)
         readers = feature_readers(
             run.layers[layer],
-            torch.from_numpy(feature[piece].astype(np.int64)).to(device),
+            torch.from_numpy(feature[piece].astype(np.int64)),
             torch.from_numpy(position[piece].astype(np.int64)).to(device),
         )
         rows = torch.from_numpy(source[piece].astype(np.int64)).to(device)

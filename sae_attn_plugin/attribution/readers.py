@@ -39,12 +39,16 @@ class FeatureReaders:
 def feature_readers(
     layer: FrozenLayer, features: Int[Tensor, " target"], positions: Int[Tensor, " target"]
 ) -> FeatureReaders:
-    """The readers of features of a layer's dictionary at query positions."""
+    """The readers of features of a layer's dictionary at query positions.
+
+    ``features`` may stay on the host: which of them are equal is then found without asking the
+    device, which would have to finish first.
+    """
     dictionary, encoded = layer.dictionary, layer.encoded
     assert dictionary is not None
     assert encoded is not None
     dtype = layer.z.dtype
-    unique, row = features.unique(return_inverse=True)
+    unique, row = (t.to(layer.z.device) for t in features.unique(return_inverse=True))
     encoder, c = dictionary.read(unique, dtype)
     c = c[row]
     # Sharing one product among the targets of a feature pays only where it has many.

@@ -31,6 +31,7 @@ from . import rivals, shape
 from .measure import LARGE_PRODUCT_FLOP, CountFlop, interleaved, large_product, peak_memory
 
 _TARGET, _GIB = sap.Logit(5), 2**30
+_CLOCK: list[Callable[[], float]] = [time.perf_counter]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _measure(
     notes: dict[str, str] | None = None,
 ) -> list[Row]:
     """Rows of the calls; the one named ``forward`` is the denominator."""
-    seconds = interleaved(calls, rounds)
+    seconds = interleaved(calls, rounds, clock=_CLOCK[0])
     rows = []
     for name, call in calls.items():
         peak = peak_memory(call) / 2**20 if memory else None
@@ -196,17 +197,17 @@ def _check_rivals(run: Any) -> None:
 
 def against_dfa(rounds: int) -> list[Row]:
     """DFA of one feature and of twenty, at one destination and at all of them."""
-    rows, lens = [], shape.wide_lens()
+    rows, lens = [], shape.wide_lens(n_layers=1)  # every layer costs the same
     for length in (128, 1024):
         run = lens.run(shape.tokens_of(length))
-        layer = run.frozen.layers[11]
+        layer = run.frozen.layers[0]
         one, twenty = torch.tensor([7]), torch.arange(7, 27)
         torch.testing.assert_close(
             attribution_by_source(layer, one), rivals.every_destination_dfa(layer, one)
         )
         calls: dict[str, Callable[[], Any]] = {
             "forward": _forward(run.tokens),
-            "run.dfa": lambda r=run: r.dfa(11, 7, -1),
+            "run.dfa": lambda r=run: r.dfa(0, 7, -1),
             "engine, one feature, all destinations": lambda x=layer, f=one: attribution_by_source(
                 x, f
             ),
@@ -232,7 +233,7 @@ def against_dfa(rounds: int) -> list[Row]:
     return rows
 
 
-def curves(rounds: int) -> list[Row]:
+def curves(rounds: int, lengths: list[int]) -> list[Row]:
     """How the cost grows with each of the four sizes, the others held."""
     rows = []
 
@@ -248,7 +249,7 @@ def curves(rounds: int) -> list[Row]:
         )
 
     lens = shape.wide_lens()
-    for length in tqdm((16, 32, 64, 128, 256, 512, 1024), desc="tokens"):
+    for length in tqdm(lengths, desc="tokens"):
         one("curve: tokens (500 nodes)", length, lens.run(shape.tokens_of(length)), node_budget=500)
     run = lens.run(shape.tokens_of(64))
     for budget in tqdm((250, 500, 1000, 2000, 4000, 8000), desc="node budget"):
@@ -301,11 +302,13 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw the curves (PNG)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 512, 1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512, 1024])
+    parser.add_argument("--cpu", action="store_true", help="processor seconds, not wall time")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(parts)}")
     torch.set_num_threads(options.threads)
+    _CLOCK[0] = time.process_time if options.cpu else time.perf_counter
     wanted = options.parts or parts
     rows: list[Row] = []
     with torch.no_grad():
@@ -316,12 +319,16 @@ def main() -> None:
         if "dfa" in wanted:
             rows += against_dfa(4 * options.rounds)
         if "curves" in wanted:
-            rows += curves(options.rounds)
+            rows += curves(options.rounds, options.tokens)
         if "prompts" in wanted:
             rows += prompts()
     show(rows)
     if options.json:
-        machine = {"processor": platform.processor(), "threads": options.threads}
+        machine = {
+            "processor": platform.processor(),
+            "threads": options.threads,
+            "clock": "cpu" if options.cpu else "wall",
+        }
         machine |= {"torch": torch.__version__, "load": os.getloadavg()[0]}
         document = {"machine": machine, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -18,23 +18,27 @@ _PRODUCTS = ("mm", "bmm", "addmm", "mv", "baddbmm")
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, at_most: float = 120.0
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    at_most: float = 120.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each call, all of them taking turns in every round.
 
     Args:
-        rounds: how often each is called, after one call that is not counted.
+        rounds: how often each is called, after one call that is not counted (if more than once).
         at_most: no further round starts after this many seconds.
+        clock: ``time.process_time`` counts processor seconds, which other work disturbs less.
     """
     began = time.perf_counter()
-    for call in calls.values():
+    for call in calls.values() if rounds > 1 else ():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
         if time.perf_counter() - began > at_most:
             break
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -80,9 +80,9 @@ def plain_autograd(run: FrozenRun, table: WriterTable) -> Iterator[tuple[int, in
         _, position, encoder = _targets(layer)
         leaf = run_stream(run, number).clone().requires_grad_()
         with torch.enable_grad():
-            out = _pre_activations(layer, leaf, slice(None), encoder, position)
-        for target in range(len(out)):
-            (gradient,) = torch.autograd.grad(out[target], leaf, retain_graph=True)
+            out = _pre_activations(layer, leaf, slice(None), encoder, position).unbind()
+        for target in out:
+            (gradient,) = torch.autograd.grad(target, leaf, retain_graph=True)
             yield number, -1, torch.einsum("pd,pnd->pn", gradient, y)[None]
 
 
