@@ -565,7 +565,9 @@
   on("save", "submit", async () => {
     remember();
     const name = $("session-name").value.trim();
-    const answer = name ? await stored("PUT", name, { state }) : tell("Give the session a name.");
+    // A slash would make another address of it; everything else is the server's to judge.
+    if (!name || /[/\\]/.test(name)) return tell("Give the session a name of letters, digits, spaces, '-' or '_'.");
+    const answer = await stored("PUT", name, { state });
     if (answer) { drawSessions(answer.names); $("sessions").value = name; }
   });
   on("load", "click", async () => {
