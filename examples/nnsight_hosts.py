@@ -36,6 +36,6 @@ model = loaded["nnsight"]
 seen = {}
 with torch.no_grad(), model.trace(run.tokens):
     seen["z"] = model.transformer.h[1].attn.c_proj.input
-sae = sap.load_saes(saes)[1]
-features = sae.encode(seen["z"])
-print("active at the last token:", features[0, -1].nonzero().flatten().tolist()[:8])
+z = seen["z"].unflatten(-1, (-1, lens.dictionaries[1].d_head))  # split by head
+active = lens.dictionaries[1].encode(z[0])
+print("active at the last token:", active.feature[active.position == len(z[0]) - 1].tolist())

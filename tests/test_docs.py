@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,9 +31,57 @@ def test_python_block(
     name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    compiled = compile(code, name, "exec")
+    compile(code, name, "exec")
     if not any(word in code for word in NEEDS_A_HUB):
-        exec(compiled, {})
+        execute(code, tmp_path, {})
+
+
+def execute(code: str, folder: Path, names: dict[str, Any]) -> dict[str, Any]:
+    """Run code from a file, since nnsight reads the source of its traces."""
+    path = folder / "block.py"
+    path.write_text(code, encoding="utf-8")
+    linecache.clearcache()
+    return runpy.run_path(str(path), init_globals=names, run_name="__main__")
+
+
+def gotchas() -> list[tuple[str, str, str, str]]:
+    """Title, wrong code, what it says, right code."""
+    page = (ROOT / "docs" / "gotchas.md").read_text(encoding="utf-8")
+    found = []
+    for section in page.split("\n## ")[1:]:
+        title = section.splitlines()[0]
+        fences = dict(re.findall(r"```(\S+(?: title=\"\w+\")?)\n(.*?)```", section, re.DOTALL))
+        kinds = ('python title="Wrong"', "text", 'python title="Right"')
+        assert set(fences) == set(kinds), f"{title}: {sorted(fences)}"
+        found.append((title, *(fences[kind] for kind in kinds)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def gotcha_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    setup = next(code for name, code in blocks() if name == f"{Path('docs', 'gotchas.md')}-0")
+    names = execute(setup, tmp_path_factory.mktemp("gotchas"), {})
+    return {name: names[name] for name in ("torch", "sap", "lens", "run")}
+
+
+@pytest.mark.parametrize(("title", "wrong", "seen", "right"), gotchas(), ids=lambda v: v[:40])
+def test_gotcha(
+    title: str,  # noqa: ARG001 - the id
+    wrong: str,
+    seen: str,
+    right: str,
+    gotcha_names: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        execute(wrong, tmp_path, gotcha_names)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = capsys.readouterr().out
+    assert seen.split() == said.split()[: len(seen.split())]
+    execute(right, tmp_path, gotcha_names)
 
 
 def test_the_readme_commands_are_what_ci_runs() -> None:
