@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import networkx as nx
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import sae_attn_plugin as sap
@@ -19,7 +21,7 @@ BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
 TARGET = "attn:1:665@14"  # read at the last token, from what layer 0 wrote at the comma
 
 
-def bars(ax, names: list[str], values: np.ndarray, title: str) -> None:  # noqa: ANN001
+def bars(ax: Axes, names: list[str], values: np.ndarray, title: str) -> None:
     """Signed bars, first on top."""
     colors = [BLUE if v >= 0 else ORANGE for v in values]
     ax.barh(range(len(values)), values, color=colors)
@@ -77,13 +79,14 @@ def ledger(att: sap.Attribution) -> Figure:
     ax.barh(len(parts), row.value, color=GREY)
     ax.set_yticks(range(len(parts) + 1), [*names, "value (from the model)"])
     ax.invert_yaxis()
+    ax.margins(x=0.04)
     ax.axvline(row.value, color=GREY, linestyle=":")
     ax.set_title(f"The ledger of {TARGET}: it misses by {abs(row.residual):.1e}", loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def frozen(run: sap.Run, graph) -> Figure:  # noqa: ANN001
+def frozen(run: sap.Run, graph: nx.DiGraph) -> Figure:
     """Edges against removals, with everything held and with everything live."""
     found = sap.validate(graph, run.lens, max_sources=25)
     figure = Figure(figsize=(8, 4), layout="constrained")

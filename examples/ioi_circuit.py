@@ -10,7 +10,7 @@ import sae_attn_plugin as sap
 from sae_attn_plugin.tasks import IOIDataset, ioi_scores
 
 lens = sap.demo.load()  # the line to change for GPT-2
-ioi = IOIDataset(12, lens.tokenizer, seed=0, order="mixed", prepend_bos=lens.prepend_bos)
+ioi = IOIDataset(8, lens.tokenizer, seed=0, order="mixed", prepend_bos=lens.prepend_bos)
 abc = ioi.abc()  # three different names: no right answer
 print(ioi.samples[0])
 print(ioi_scores(lens, ioi))
@@ -35,6 +35,6 @@ for name, result in found.items():
 
 # %% One prompt's graph, and its test on the model
 target = sap.LogitDiff(int(ioi.correct[0]), int(ioi.wrong[0]))
-graph = lens.run(ioi.texts[0]).graph(target, max_nodes=80)
+graph = lens.run(ioi.texts[0]).graph(target, max_nodes=60)
 print(sap.validate(graph, lens, max_sources=10))
 sap.draw(graph, "ioi.png")

@@ -25,7 +25,7 @@ recipes = [
         k=12,
         d_sae=512,
         context_size=tokens.shape[1],
-        training_tokens=60_000,
+        training_tokens=20_000,
         n_batches_in_buffer=256,
     )
     for layer in (0, 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import linecache
 import os
 import re
 import runpy
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ def test_python_block(
 
 def execute(code: str, folder: Path, names: dict[str, Any]) -> dict[str, Any]:
     """Run code from a file, since nnsight reads the source of its traces."""
-    path = folder / "block.py"
+    # A name of its own, since nnsight remembers traces by file and line.
+    path = folder / f"block_{zlib.crc32(code.encode()):08x}.py"
     path.write_text(code, encoding="utf-8")
-    linecache.clearcache()
     return runpy.run_path(str(path), init_globals=names, run_name="__main__")
 
 
