@@ -30,14 +30,25 @@ from sae_attn_plugin.errors import FileError, InputError, UnsupportedError
 from sae_attn_plugin.heads import join, only_head
 from sae_attn_plugin.nodes import FeatureKind
 
-__all__ = ["Dictionary", "head_attribution", "load_saes", "place", "place_mlp"]
+__all__ = ["Dictionary", "head_attribution", "load_saes", "place", "place_mlp", "place_residual"]
 
 # Where a dictionary reads and writes. ``mlp_stream`` is the residual stream that the MLP's norm
 # reads, ``mlp_normalised`` that stream centred and scaled but without the norm's gain and bias
 # (TransformerLens' ln2.hook_normalized), ``mlp_in`` the input of the MLP itself; ``mlp_raw`` is
 # the MLP's output before a post-norm, ``mlp_out`` what it adds to the residual stream.
-Reads = Literal["z", "attn_out", "mlp_stream", "mlp_normalised", "mlp_in", "mlp_out"]
-Writes = Literal["z", "attn_out", "mlp_raw", "mlp_out"]
+# ``resid_pre`` and ``resid_mid`` are the residual stream before a layer's attention and MLP; before
+# layer ``n_layers``, which is not there, stands the final stream.
+Reads = Literal[
+    "z",
+    "attn_out",
+    "mlp_stream",
+    "mlp_normalised",
+    "mlp_in",
+    "mlp_out",
+    "resid_pre",
+    "resid_mid",
+]
+Writes = Literal["z", "attn_out", "mlp_raw", "mlp_out", "resid_pre", "resid_mid"]
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _ATTENTION_HOOKS: dict[str, Reads] = {
@@ -59,6 +70,13 @@ _MLP_OUTPUT_HOOKS: dict[str, Writes] = {
     "hook_mlp_out": "mlp_out",
     "ln2_post.hook_out": "mlp_out",
     "mlp.hook_out": "mlp_raw",
+}
+_RESIDUAL_HOOKS: dict[str, tuple[Literal["resid_pre", "resid_mid"], int]] = {  # and layers on
+    "hook_resid_pre": ("resid_pre", 0),
+    "hook_in": ("resid_pre", 0),
+    "hook_resid_mid": ("resid_mid", 0),
+    "hook_resid_post": ("resid_pre", 1),
+    "hook_out": ("resid_pre", 1),
 }
 _NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm", "constant_norm_rescale")
 _LAYER_NORM_EPS = 1e-5  # sae_lens' run_time_activation_ln_in
@@ -112,6 +130,8 @@ class Dictionary:
         """Of its features' nodes."""
         if self.writes in ("z", "attn_out"):
             return "attn"
+        if self.writes in ("resid_pre", "resid_mid"):
+            return "resid" if self.writes == "resid_pre" else "resid_mid"
         return "mlp_sae" if self.reads == self.writes else "tc"
 
     @property
@@ -119,6 +139,8 @@ class Dictionary:
         """Where it belongs, in words."""
         if self.kind == "tc":
             return f"transcoders from {self.reads} to {self.writes}"
+        if self.reads == "resid_pre":  # "layers" are then those that it stands before
+            return "SAEs on the residual stream"
         return f"SAEs on hook_{self.reads}"
 
     @property
@@ -366,9 +388,10 @@ def from_sae(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
     if site in ("hook_mlp_out", "ln2_post.hook_out", "mlp.hook_out"):
         raise InputError(f"{name} is of an MLP; give it as FeatureLens(..., transcoders=)")
     if site not in _ATTENTION_HOOKS:
+        hint = "; give it as FeatureLens(..., residual_saes=)" if site in _RESIDUAL_HOOKS else ""
         raise InputError(
             f"unknown hook name {hook_name!r}; expected 'blocks.LAYER.attn.hook_z' or "
-            "'blocks.LAYER.hook_attn_out' in the SAE's metadata (sae.cfg.metadata.hook_name)"
+            "'blocks.LAYER.hook_attn_out' in the SAE's metadata (sae.cfg.metadata.hook_name)" + hint
         )
     _check_layer(found, layer, g, name)
     reads, head, whole = _ATTENTION_HOOKS[site], cfg.metadata.hook_head_index, g
@@ -451,6 +474,43 @@ def from_mlp(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictiona
         "W_skip": None if skip is None else skip.detach().T,
     }
     return _read(sae, _TRANSCODERS, g, found, name, places)
+
+
+def from_residual(sae: Any, geometry: Geometry, layer: int | None = None) -> Dictionary:
+    """See a sae_lens SAE on the residual stream as a dictionary of a model.
+
+    ``hook_resid_post`` of a layer is ``hook_resid_pre`` of the next, and the dictionary's layer is
+    the latter: what reads the stream there. After the last layer it is ``n_layers``.
+
+    Raises:
+        InputError: another hook, a stream that the model does not have, a width that does not fit.
+        UnsupportedError: an architecture or normalisation without a linear pre-activation.
+    """
+    g, cfg = geometry, sae.cfg
+    hook_name, architecture = cfg.metadata.hook_name, cfg.architecture()
+    name = f"the {architecture} SAE on {hook_name!r}"
+    found, site = _split_hook_name(hook_name)
+    if architecture in _TRANSCODERS:
+        raise InputError(f"{name} is a transcoder; give it as FeatureLens(..., transcoders=)")
+    if site in _ATTENTION_HOOKS:
+        raise InputError(f"{name} is of attention; give it as FeatureLens(model, saes)")
+    if site in _MLP_OUTPUT_HOOKS:
+        raise InputError(f"{name} is of an MLP; give it as FeatureLens(..., transcoders=)")
+    _check_architecture(architecture, _ARCHITECTURES, name)
+    if site not in _RESIDUAL_HOOKS:
+        raise InputError(
+            f"unknown hook name {hook_name!r}; expected 'blocks.LAYER.hook_resid_pre', "
+            "'hook_resid_mid' or 'hook_resid_post' for an SAE given as residual_saes= "
+            "(sae.cfg.metadata.hook_name)"
+        )
+    _check_layer(found, layer, g, name)
+    where, later = _RESIDUAL_HOOKS[site]
+    if where == "resid_mid" and (g.parallel or not g.has_mlp):
+        why = "attention and MLP read the same stream" if g.parallel else "there is no MLP"
+        raise InputError(f"{name}: {g.model_name} has no such place, {why}; use hook_resid_pre")
+    _check_widths(name, g, cfg.d_in, cfg.d_in)
+    places: dict[str, Any] = {"reads": where, "writes": where}
+    return _read(sae, _ARCHITECTURES, g, found + later, name, places)
 
 
 def _mlp_input(site: str, hf_hook_name: str | None, geometry: Geometry) -> Reads | None:
@@ -568,9 +628,37 @@ def place_mlp(transcoders: Any, geometry: Geometry) -> dict[int, Dictionary]:
     return {} if transcoders is None else _place(transcoders, geometry, from_mlp)
 
 
+def place_residual(saes: Any, geometry: Geometry) -> dict[tuple[FeatureKind, int], Dictionary]:
+    """Residual dictionaries by kind and layer; None: none.
+
+    Raises:
+        InputError: two SAEs for one place of the stream.
+    """
+    placed: dict[tuple[FeatureKind, int], Dictionary] = {}
+    for found in _given({} if saes is None else saes, geometry, from_residual):
+        if (at := (found.kind, found.layer)) in placed:
+            where = "the MLP of layer" if found.kind == "resid_mid" else "layer"
+            raise InputError(
+                f"two SAEs for the residual stream before {where} {found.layer}: "
+                f"{placed[at].sae_id!r} and {found.sae_id!r}; give one (hook_resid_post of a layer "
+                "is hook_resid_pre of the next)"
+            )
+        placed[at] = found
+    return dict(sorted(placed.items(), key=lambda item: (item[0][1], item[0][0])))
+
+
 def _place(
     saes: Any, geometry: Geometry, read: Callable[[Any, Geometry, int | None], Dictionary]
 ) -> dict[int, Dictionary]:
+    found: dict[int, list[Dictionary]] = {}
+    for dictionary in _given(saes, geometry, read):
+        found.setdefault(dictionary.layer, []).append(dictionary)
+    return {layer: _the_one_of(found[layer]) for layer in sorted(found)}
+
+
+def _given(
+    saes: Any, geometry: Geometry, read: Callable[[Any, Geometry, int | None], Dictionary]
+) -> Iterator[Dictionary]:
     if isinstance(saes, str | Path):
         saes = load_saes(saes, device=str(geometry.device))
     items: Iterable[tuple[Any, Any]]
@@ -580,15 +668,12 @@ def _place(
         items = ((None, sae) for sae in saes)
     else:
         items = [(None, saes)]
-    found: dict[int, list[Dictionary]] = {}
     for key, sae in items:
         if not hasattr(sae, "cfg") or not hasattr(sae, "W_dec"):
             raise InputError(
                 f"expected sae_lens SAEs, a release name or a folder, got {type(sae).__name__}"
             )
-        dictionary = read(sae, geometry, key if isinstance(key, int) else None)
-        found.setdefault(dictionary.layer, []).append(dictionary)
-    return {layer: _the_one_of(found[layer]) for layer in sorted(found)}
+        yield read(sae, geometry, key if isinstance(key, int) else None)
 
 
 def _the_one_of(given: list[Dictionary]) -> Dictionary:

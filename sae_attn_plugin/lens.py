@@ -18,9 +18,11 @@ from tqdm.auto import tqdm
 from sae_attn_plugin.attribution.dfa import DFA, direct_feature_attribution
 from sae_attn_plugin.attribution.frozen import (
     BatchEncoder,
+    FrozenResidual,
     FrozenRun,
     LinearMlp,
     freeze,
+    freeze_residuals,
     linearise,
 )
 from sae_attn_plugin.attribution.qk import (
@@ -44,7 +46,14 @@ from sae_attn_plugin.backends.protocol import (
     check_mlps,
     uncapped_logits,
 )
-from sae_attn_plugin.dictionaries import Dictionary, head_attribution, place, place_mlp
+from sae_attn_plugin.dictionaries import (
+    Dictionary,
+    Encoded,
+    head_attribution,
+    place,
+    place_mlp,
+    place_residual,
+)
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.graphs.aligned import AlignedAttribution, Aligner
 from sae_attn_plugin.heads import fit
@@ -52,6 +61,7 @@ from sae_attn_plugin.interventions import apply, datasets
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
+    RESIDUAL_KINDS,
     Direction,
     Feature,
     FeatureKind,
@@ -86,6 +96,15 @@ if TYPE_CHECKING:
     from sae_attn_plugin.graphs.html import Page
 
 Dataset = IOIDataset | InductionDataset
+# What the readers of a source position take: all writers, or the terms of the residual SAE there.
+Expand = Literal["writers", "residual"]
+_WHAT = {
+    "attn": "SAE",
+    "tc": "transcoder",
+    "mlp_sae": "SAE on hook_mlp_out",
+    "resid": "SAE on hook_resid_pre",
+    "resid_mid": "SAE on hook_resid_mid",
+}
 
 _PROGRESS_LAYERS = 12  # fewer layers are done before a bar could be read
 _TOP_LOGITS, _TOP_PROBABILITY = 10, 0.95  # as circuit-tracer's default targets
@@ -102,6 +121,8 @@ class FeatureLens:
             ``"gpt2-small-hook-z-kk"``. Layers without one are split by head instead; ``{}``: all.
         transcoders: the same for MLPs: sae_lens transcoders from the MLP's input to its output, or
             SAEs on ``hook_mlp_out``. The MLPs of layers without one are single nodes.
+        residual_saes: the same for SAEs on ``hook_resid_pre``, ``hook_resid_mid`` or
+            ``hook_resid_post``, for ``run.attribute(..., expand="residual")``.
         tokenizer: default: the model object's own.
         prepend_bos: whether string prompts get a BOS token. None: as the SAEs' metadata says,
             else the tokenizer's own convention.
@@ -120,6 +141,7 @@ class FeatureLens:
         saes: Any,
         *,
         transcoders: Any = None,
+        residual_saes: Any = None,
         tokenizer: Any = None,
         prepend_bos: bool | None = None,
         remote: bool | str = False,
@@ -127,6 +149,7 @@ class FeatureLens:
         self.backend = as_backend(model, tokenizer, remote)
         self.dictionaries = fit(place(saes, self.backend.geometry), self.backend)
         self.transcoders = place_mlp(transcoders, self.backend.geometry)
+        self.residual_saes = place_residual(residual_saes, self.backend.geometry)
         self._prepend_bos = prepend_bos
 
     def __repr__(self) -> str:
@@ -141,8 +164,9 @@ class FeatureLens:
         )
 
     def all_dictionaries(self) -> list[tuple[int, Dictionary]]:
-        """Layer and dictionary: of attention first, then of MLPs."""
-        return [*self.dictionaries.items(), *self.transcoders.items()]
+        """Layer and dictionary: of attention first, then of MLPs, then of the residual stream."""
+        residual = [(layer, d) for (_, layer), d in self.residual_saes.items()]
+        return [*self.dictionaries.items(), *self.transcoders.items(), *residual]
 
     @functools.cached_property
     def mlp_weights(self) -> tuple[MlpWeights, ...]:
@@ -199,6 +223,9 @@ class FeatureLens:
             "dtype": str(g.dtype).removeprefix("torch."),
             "saes": {str(layer): d.sae_id for layer, d in self.dictionaries.items()},
             "transcoders": {str(layer): d.sae_id for layer, d in self.transcoders.items()},
+            "residual_saes": {
+                f"{kind}:{layer}": d.sae_id for (kind, layer), d in self.residual_saes.items()
+            },
             "versions": _versions(),
         }
 
@@ -491,6 +518,19 @@ class Run:
         """Every term of the residual stream."""
         return write_table(self.frozen)
 
+    @functools.cached_property
+    def residuals(self) -> dict[int, FrozenResidual]:
+        """The residual stream split by each residual SAE, by the depth of what reads it there."""
+        saes = self.lens.residual_saes.values()
+        return freeze_residuals(self.frozen, self._one.capture, saes)
+
+    @functools.cached_property
+    def all_writers(self) -> WriterTable:
+        """:attr:`writers`, and apart from them the terms of residual SAEs, where there are any."""
+        if not self.lens.residual_saes:
+            return self.writers
+        return write_table(self.frozen, residuals=tuple(self.residuals.values()))
+
     # -- questions -------------------------------------------------------------------------------
 
     def features(
@@ -503,7 +543,8 @@ class Run:
 
         Args:
             layer: one layer only. position: one position only, negative from the end.
-            kind: ``"attn"``, ``"tc"`` (transcoders) or ``"mlp_sae"`` (SAEs on MLP outputs).
+            kind: ``"attn"``, ``"tc"`` (transcoders), ``"mlp_sae"`` (SAEs on MLP outputs),
+                ``"resid"`` or ``"resid_mid"`` (SAEs on the residual stream).
         """
         if len(self) > 1:
             frames = [self[i].features(layer, position, kind) for i in range(len(self))]
@@ -514,9 +555,7 @@ class Run:
         layers = known if layer is None else [self.resolve_layer(layer, kind)]
         frames = []
         for number in layers:
-            frozen = self.frozen.layers[number]
-            encoded = frozen.encoded if kind == "attn" else frozen.mlp and frozen.mlp.encoded
-            assert encoded is not None
+            encoded = self._encoded(number, kind)
             positions = encoded.position.numpy(force=True)
             frames.append(
                 pd.DataFrame(
@@ -538,6 +577,14 @@ class Run:
             return frame
         here = np.flatnonzero(frame["position"] == self.resolve_position(position))
         return frame.take(here).reset_index(drop=True)
+
+    def _encoded(self, layer: int, kind: FeatureKind) -> Encoded:
+        if kind in RESIDUAL_KINDS:
+            return self.residuals[2 * layer + (2 if kind == "resid_mid" else 1)].encoded
+        frozen = self.frozen.layers[layer]
+        encoded = frozen.encoded if kind == "attn" else frozen.mlp and frozen.mlp.encoded
+        assert encoded is not None
+        return encoded
 
     def dfa(self, layer: int, feature: int, position: int = -1) -> DFA:
         """Direct feature attribution of a feature at a destination position, active or not."""
@@ -570,6 +617,8 @@ class Run:
         weights: Sequence[float] | None = None,
         mlp: Literal["terminal", "linearise"] = "terminal",
         heads: Literal["terminal", "linearise"] = "terminal",
+        expand: Expand | Mapping[Expand, Sequence[int]] = "writers",
+        residual: Literal["terminal", "recurse"] = "terminal",
         node_budget: int | None = 2000,
         edges_per_target: int | None = None,
         memory_budget: int = 512 * 2**20,
@@ -587,6 +636,12 @@ class Run:
                 read the MLP's input.
             heads: ``"linearise"``: heads of layers without an SAE get in-edges of their own,
                 through their frozen patterns.
+            expand: ``"residual"``: where the residual stream that a target reads has an SAE, its
+                in-edges come from that SAE's features, bias and error instead of the writers, which
+                are the same stream split otherwise. ``{"residual": [3, -2]}``: at these source
+                positions only, and from the writers at the others.
+            residual: ``"terminal"``: features of residual SAEs are leaves. ``"recurse"``: they get
+                in-edges from the writers at their position.
             node_budget: how many nodes get their own in-edges, most influential first; None:
                 all that reach the target. Each target's ledger closes either way.
             edges_per_target: keep only the strongest edges of each target; the rest is summed in
@@ -598,10 +653,17 @@ class Run:
         for name, value in (("node_budget", node_budget), ("edges_per_target", edges_per_target)):
             if value is not None and value < (name == "edges_per_target"):
                 raise InputError(f"{name}={value} is out of range")
-        for name, value in (("mlp", mlp), ("heads", heads)):
-            if value not in ("terminal", "linearise"):
-                raise InputError(f"{name}={value!r}; known: 'terminal', 'linearise'")
+        for name, value, known in (
+            ("mlp", mlp, ("terminal", "linearise")),
+            ("heads", heads, ("terminal", "linearise")),
+            ("residual", residual, ("terminal", "recurse")),
+        ):
+            if value not in known:
+                raise InputError(f"{name}={value!r}; known: {', '.join(map(repr, known))}")
         self._one  # noqa: B018 - refuses several prompts
+        at = self._resolve_expand(expand)
+        mask = np.zeros(self.tokens.shape[1], dtype=bool)
+        mask[at] = True
         if target is None:
             targets, shares = self._top_logits()
         else:
@@ -619,6 +681,8 @@ class Run:
             raise InputError("no target given")
         resolved = [self._resolve(one, mlp == "linearise") for one in targets]
         nodes = [node for node, _ in resolved]
+        split = bool(at) or any(node.kind in RESIDUAL_KINDS for node in nodes)
+        writers = self.all_writers if split else self.writers
         if len(set(nodes)) < len(nodes):
             raise InputError(f"the same target twice: {', '.join(map(str, nodes))}")
         n_layers = len(self.frozen.layers)
@@ -635,7 +699,7 @@ class Run:
 
             flow = sweep(
                 self.frozen,
-                self.writers,
+                writers,
                 [root for _, root in resolved],
                 shares,
                 node_budget=node_budget,
@@ -644,10 +708,13 @@ class Run:
                 progress=done,
                 mlps=self.linear_mlps if mlp == "linearise" and self._has_mlp else None,
                 heads=heads == "linearise",
+                residuals=self.residuals if split else None,
+                checkpoints={depth: mask for depth in self.residuals} if mask.any() else None,
+                recurse=residual == "recurse",
             )
         return Attribution(
             flow=flow,
-            writers=self.writers,
+            writers=writers,
             roots=dict(zip(flow.roots, nodes, strict=True)),
             tokens=self.token_strings,
             provenance={
@@ -655,10 +722,12 @@ class Run:
                 "target_weights": shares,
                 "mlp": mlp,
                 "heads": heads,
+                "expand": expand if isinstance(expand, str) else {"residual": at},
+                "residual": residual,
                 "node_budget": node_budget,
                 "edges_per_target": edges_per_target,
             },
-            head_split=functools.partial(edges_by_head, self.frozen, self.writers),
+            head_split=functools.partial(edges_by_head, self.frozen, writers),
             qk=self.qk,
             probabilities={
                 number: self._probability(node)
@@ -681,10 +750,19 @@ class Run:
         max_nodes: int | None = None,
         mlp: Literal["terminal", "linearise"] = "terminal",
         heads: Literal["terminal", "linearise"] = "terminal",
+        expand: Expand | Mapping[Expand, Sequence[int]] = "writers",
+        residual: Literal["terminal", "recurse"] = "terminal",
         node_budget: int | None = 2000,
     ) -> nx.DiGraph:
         """``attribute(target).prune(nodes, edges).to_networkx()`` in one call."""
-        att = self.attribute(target, mlp=mlp, heads=heads, node_budget=node_budget)
+        att = self.attribute(
+            target,
+            mlp=mlp,
+            heads=heads,
+            expand=expand,
+            residual=residual,
+            node_budget=node_budget,
+        )
         pruned = att.prune(nodes, edges, max_nodes)
         graph = pruned.to_networkx()
         graph.graph["pruning"] = {"nodes": nodes, "edges": edges, "max_nodes": max_nodes}
@@ -824,7 +902,7 @@ class Run:
         layer = as_index(layer, "layer")
         known = [number for number, d in self.lens.all_dictionaries() if d.kind == kind]
         if layer not in known:
-            what = {"attn": "SAE", "tc": "transcoder", "mlp_sae": "SAE on hook_mlp_out"}[kind]
+            what = _WHAT[kind]
             there = ", ".join(map(str, known)) or "none"
             raise InputError(f"no {what} in layer {layer}; layers with one: {there}")
         return layer
@@ -832,6 +910,8 @@ class Run:
     def dictionary(self, layer: int, kind: FeatureKind = "attn") -> Dictionary:
         """The dictionary of a layer whose features are of this kind."""
         layer = self.resolve_layer(layer, kind)
+        if kind in RESIDUAL_KINDS:
+            return self.lens.residual_saes[kind, layer]
         return (self.lens.dictionaries if kind == "attn" else self.lens.transcoders)[layer]
 
     def resolve_position(self, position: int) -> int:
@@ -852,6 +932,32 @@ class Run:
                 f"features (0..{d_sae - 1})"
             )
         return feature
+
+    def _resolve_expand(self, expand: Expand | Mapping[Expand, Sequence[int]]) -> list[int]:
+        """Source positions where terms of residual SAEs are read in the writers' stead."""
+        everywhere = list(range(self.tokens.shape[1]))
+        wanted = expand if isinstance(expand, Mapping) else {expand: everywhere}
+        if not isinstance(expand, str | Mapping) or not wanted.keys() <= {"writers", "residual"}:
+            raise InputError(
+                f"expand={expand!r}; known: 'writers', 'residual', or one of them for some source "
+                "positions, such as {'residual': [3, -2]}. Their sums are the same stream split in "
+                "two ways, so a position has one"
+            )
+        places = {
+            kind: [self.resolve_position(one) for one in given] for kind, given in wanted.items()
+        }
+        both = sorted(set(places.get("residual", ())) & set(places.get("writers", ())))
+        if both:
+            raise InputError(
+                f"expand={dict(wanted)!r}: position {both[0]} is to be split both into writers and "
+                "by the residual SAE; these are the same stream, so their sum would count it twice"
+            )
+        if "residual" in wanted and not self.lens.residual_saes:
+            raise InputError(
+                "expand='residual' without residual SAEs; give them as "
+                "FeatureLens(..., residual_saes=)"
+            )
+        return sorted(set(places.get("residual", ())))
 
     def resolve_token(self, token: str | int) -> tuple[int, str]:
         d_vocab = self.lens.backend.geometry.d_vocab

@@ -18,6 +18,14 @@ kind               id                              what it is
 ``mlp_sae``        ``mlp_sae:3:120@10``            feature of an SAE on the MLP's output
 ``mlp_sae_err``    ``mlp_sae_err:3@10``            what that SAE does not reconstruct
 ``mlp_sae_bias``   ``mlp_sae_bias:3@10``           its decoder bias
+``resid``          ``resid:5:120@10``              feature of an SAE on the residual stream before
+                                                   a layer (after the last one: the final stream)
+``resid_err``      ``resid_err:5@10``              what that SAE does not reconstruct
+``resid_bias``     ``resid_bias:5@10``             its decoder bias
+``resid_mid``      ``resid_mid:5:120@10``          feature of an SAE on the stream before the MLP of
+                                                   a layer
+``resid_mid_err``  ``resid_mid_err:5@10``          what that SAE does not reconstruct
+``resid_mid_bias`` ``resid_mid_bias:5@10``         its decoder bias
 ``embed``          ``embed@4``                     token embedding
 ``pos``            ``pos@4``                       learned position embedding
 ``logit``          ``logit:" Mary"@14``            a logit; a token id is written ``logit:#5335@14``
@@ -45,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Direction", "Feature", "HeadScore", "Logit", "LogitDiff", "Node", "Target"]
 
-FeatureKind = Literal["attn", "tc", "mlp_sae"]
+FeatureKind = Literal["attn", "tc", "mlp_sae", "resid", "resid_mid"]
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # as str(int) writes it
 # kind -> what stands between its name and "@position"
@@ -62,6 +70,11 @@ _PATTERNS: dict[str, str] = {
     "mlp_sae": rf":(?P<layer>{_NUMBER}):(?P<feature>{_NUMBER})",
     "mlp_sae_err": rf":(?P<layer>{_NUMBER})",
     "mlp_sae_bias": rf":(?P<layer>{_NUMBER})",
+    **{
+        kind + part: rf":(?P<layer>{_NUMBER})" + (rf":(?P<feature>{_NUMBER})" if not part else "")
+        for kind in ("resid", "resid_mid")
+        for part in ("", "_err", "_bias")
+    },
     "embed": "",
     "pos": "",
     "logit": r":(?P<label>.+)",
@@ -72,7 +85,9 @@ _PATTERNS: dict[str, str] = {
     "super": rf":(?:(?P<layer>{_NUMBER}):)?(?P<label>.+)",
 }
 KINDS: tuple[str, ...] = (*_PATTERNS, "const")
-FEATURE_KINDS: tuple[FeatureKind, ...] = ("attn", "tc", "mlp_sae")
+FEATURE_KINDS: tuple[FeatureKind, ...] = ("attn", "tc", "mlp_sae", "resid", "resid_mid")
+# Of SAEs on the residual stream itself: a sum of what was written before, not one more writer.
+RESIDUAL_KINDS: tuple[FeatureKind, ...] = ("resid", "resid_mid")
 # Nodes that pass on what they read, on request; a vector each, where features are numbers.
 PASSING_KINDS: tuple[str, ...] = ("head", "mlp", "tc_skip")
 TARGET_KINDS: tuple[str, ...] = ("logit", "logit_diff", "direction", "score")
@@ -112,7 +127,7 @@ class Node:
 
     def __str__(self) -> str:
         match self.kind:
-            case "attn" | "tc" | "mlp_sae":
+            case "attn" | "tc" | "mlp_sae" | "resid" | "resid_mid":
                 body = f":{self.layer}:{self.feature}"
             case (
                 "attn_err"
@@ -123,6 +138,10 @@ class Node:
                 | "tc_bias"
                 | "mlp_sae_err"
                 | "mlp_sae_bias"
+                | "resid_err"
+                | "resid_bias"
+                | "resid_mid_err"
+                | "resid_mid_bias"
             ):
                 body = f":{self.layer}"
             case "head":
@@ -205,8 +224,9 @@ def unquote(label: str) -> list[str | int]:
 class Feature:
     """Target: the pre-activation of a feature at a position.
 
-    ``kind``: ``"attn"`` (of the attention SAE of the layer), ``"tc"`` (transcoder) or ``"mlp_sae"``
-    (SAE on the MLP's output).
+    ``kind``: ``"attn"`` (of the attention SAE of the layer), ``"tc"`` (transcoder), ``"mlp_sae"``
+    (SAE on the MLP's output), ``"resid"`` (SAE on the residual stream before the layer) or
+    ``"resid_mid"`` (before its MLP).
     """
 
     layer: int

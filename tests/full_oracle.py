@@ -9,13 +9,20 @@ gradient at a place through all paths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from architecture_models import _Frozen
 from torch import Tensor
 
+# the norm before attention, the final norm
+_NORMS = {
+    "gpt2": ("ln_1", "transformer.ln_f"),
+    "gpt_neox": ("input_layernorm", "gpt_neox.final_layer_norm"),
+    "llama": ("input_layernorm", "model.norm"),
+    "gemma2": ("input_layernorm", "model.norm"),
+}
 # blocks, out projection, where attention is added, norm before the MLP, where the MLP is added,
 # activation (from the MLP)
 _PLACES = {
@@ -42,11 +49,21 @@ class FullOracle:
         model: float64, eager, of a family in the table above.
         saes, transcoders: sae_lens objects by layer; transcoders may be SAEs on hook_mlp_out.
         tokens: one prompt.
+        residual: SAEs by ``(kind, layer)`` that split what readers take from the stream, at the
+            source positions ``at``; recurse: their features answer to the stream.
     """
 
     def __init__(
-        self, model: Any, saes: Mapping[int, Any], transcoders: Mapping[int, Any], tokens: list[int]
+        self,
+        model: Any,
+        saes: Mapping[int, Any],
+        transcoders: Mapping[int, Any],
+        tokens: list[int],
+        residual: Mapping[tuple[str, int], Any] | None = None,
+        at: Sequence[int] = (),
+        recurse: bool = False,
     ) -> None:
+        self.residual, self.at, self.recurse = residual or {}, list(at), recurse
         self.model, self.saes, self.transcoders = model, saes, transcoders
         self.tokens, self.n = tokens, len(tokens)
         self.kind = model.config.model_type
@@ -150,6 +167,10 @@ class FullOracle:
                 mlp.register_forward_hook(self._raw(run, layer)),
                 self._module(layer, 4).register_forward_hook(self._mlp(run, layer)),
             ]
+        for (kind, layer), sae in self.residual.items():
+            for norm in self._readers_of(kind, layer):
+                split = self._stream(run, kind, layer, sae)
+                handles.append(norm.register_forward_pre_hook(split))
         handles.append(
             self.model.get_output_embeddings().register_forward_hook(
                 lambda _m, _a, out: run.update(logits=out[0])
@@ -162,6 +183,29 @@ class FullOracle:
             for handle in handles:
                 handle.remove()
         return run
+
+    def _readers_of(self, kind: str, layer: int) -> list[Any]:
+        """The norms that read the stream at a place."""
+        own, final = _NORMS[self.kind]
+        if kind == "resid_mid":
+            return [self._module(layer, 3)]
+        if layer == self.n_layers:
+            return [self.model.get_submodule(final)]
+        parallel = [self._module(layer, 3)] if self.kind == "gpt_neox" else []
+        return [self.blocks[layer].get_submodule(own), *parallel]
+
+    def _stream(self, run: Any, kind: str, layer: int, sae: Any) -> Any:
+        def hook(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if (kind, layer) not in run:
+                stream = run[kind, layer] = args[0][0]
+                source = stream if self.recurse else stream.detach()
+                split = self._split(run, kind, layer, sae, source, stream)
+                chosen = torch.zeros(self.n, 1, dtype=torch.bool)
+                chosen[self.at] = True
+                run["split", kind, layer] = torch.where(chosen, split, stream)
+            return (run["split", kind, layer][None], *args[1:])
+
+        return hook
 
     def _embedding(self, run: Any, name: str) -> Any:
         def hook(_module: Any, _args: Any, out: Tensor) -> Tensor:
@@ -298,6 +342,9 @@ class FullOracle:
                 sae = self.transcoders[node.layer]
                 read = self._read(run, node.layer, sae)
                 return self.pre(sae, read)[node.position, node.feature]
+            case "resid" | "resid_mid":
+                sae, stream = self.residual[node.kind, node.layer], run[node.kind, node.layer]
+                return self.pre(sae, stream)[node.position, node.feature]
             case "logit_diff":
                 at = run["logits"][node.position]
                 return at[tokens[0]] - at[tokens[1]]

@@ -5,7 +5,7 @@ Everything downstream of it is linear. Only plain tensors live here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -228,6 +228,45 @@ class FrozenRun:
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.dtype
+
+
+@dataclass(frozen=True)
+class FrozenResidual:
+    """The residual stream at one place of a frozen run, split by an SAE.
+
+    Attributes:
+        depth: of what reads the stream there: ``2l + 1`` attention of layer l (the final norm for
+            ``l = n_layers``), ``2l + 2`` its MLP.
+        stream: ``[position, d_model]``; error: what the SAE does not reconstruct of it.
+    """
+
+    depth: int
+    dictionary: Dictionary
+    encoded: Encoded
+    stream: Float[Tensor, "position d_model"]
+    error: Float[Tensor, "position d_model"]
+
+
+def freeze_residuals(
+    run: FrozenRun, capture: Capture, dictionaries: Iterable[Dictionary]
+) -> dict[int, FrozenResidual]:
+    """The stream at the place of every residual dictionary, by the depth of its readers."""
+    found = {}
+    for dictionary in dictionaries:
+        number = dictionary.layer
+        if dictionary.kind == "resid_mid":
+            mlp = run.layers[number].mlp
+            assert mlp is not None
+            stream = mlp.stream
+        elif number == len(run.layers):
+            stream = run.resid_final
+        else:
+            stream = capture["resid_pre", number][0].to(run.embed)
+        encoded = dictionary.encode(stream)
+        depth = 2 * number + (2 if dictionary.kind == "resid_mid" else 1)
+        error = stream - dictionary.decode(encoded)
+        found[depth] = FrozenResidual(depth, dictionary, encoded, stream, error)
+    return found
 
 
 def algebra_dtype(model_dtype: torch.dtype) -> torch.dtype:

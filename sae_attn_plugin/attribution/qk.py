@@ -518,14 +518,19 @@ class ScoreReader:
     constant: float
     value: float
 
-    def edges(self, writers: WriterTable) -> tuple[np.ndarray, Tensor]:
-        """``(writer rows, weights)``; a writer that is read on both sides has one edge."""
-        prefix = writers.prefix(self.layer)
+    def edges(
+        self, writers: WriterTable, first: np.ndarray, count: np.ndarray
+    ) -> tuple[np.ndarray, Tensor]:
+        """``(writer rows, weights)``; a writer that is read on both sides has one edge.
+
+        Args:
+            first, count: ``[position]``, the rows that make up the stream.
+        """
         found: dict[int, tuple[np.ndarray, Tensor]] = {}
         for vector, position in zip(self.vectors, self.positions, strict=True):
-            start = int(writers.starts[position])
-            columns = np.arange(start, start + prefix[position], dtype=np.int32)
-            weights = writers.vectors[start : start + int(prefix[position])] @ vector
+            start, stop = int(first[position]), int(first[position] + count[position])
+            columns = np.arange(start, stop, dtype=np.int32)
+            weights = writers.vectors[start:stop] @ vector
             if position in found:
                 weights = weights + found[position][1]
             found[position] = (columns, weights)

@@ -9,6 +9,10 @@ A feature is a number, so its row explains its pre-activation. A node that passe
 (a head, a linearised MLP, a transcoder's skip connection) is a vector. Its row explains what it
 gives to the roots: the vector times the gradient of the weighted roots at its place, through every
 node that is expanded above it. That gradient is carried along in the sweep.
+
+Where an SAE splits the residual stream itself, readers may take its terms in the writers' stead.
+Then nothing of what they read reaches the writers, but through the SAE's own features where those
+are expanded.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_attn_plugin.attribution.frozen import FrozenRun, LinearMlp
+from sae_attn_plugin.attribution.frozen import FrozenResidual, FrozenRun, LinearMlp
 from sae_attn_plugin.attribution.qk import ScoreReader
 from sae_attn_plugin.attribution.readers import (
     FeatureReaders,
@@ -33,10 +37,11 @@ from sae_attn_plugin.attribution.readers import (
     head_readers,
     mlp_feature_readers,
     mlp_readers,
+    residual_readers,
     skip_readers,
 )
 from sae_attn_plugin.attribution.writers import WriterTable
-from sae_attn_plugin.nodes import PASSING_KINDS, Feature
+from sae_attn_plugin.nodes import PASSING_KINDS, RESIDUAL_KINDS, Feature
 
 # Targets and source positions whose readers are formed together: enough for good matrix products,
 # few enough that the block stays in cache.
@@ -92,7 +97,8 @@ class Flow:
 
     Attributes:
         roots: node of each root, in the order given.
-        target: ``[row]`` node of each row; depth: ``[row]`` of each target, for the order.
+        target: ``[row]`` node of each row; depth: ``[row]`` falls from row to row, and targets of
+            one depth have no edges among them.
         pieces: the edges, those of deeper targets first.
         in_sum, abs_sum: ``[row]``, the sums of the row's edges and of their absolute values.
         constant, value, dropped: ``[row]``; ``dropped`` sums the edges left out of the row.
@@ -246,6 +252,8 @@ class _Sweep:
         start: ``[node]``, the roots' own influence.
         gradient: ``[position, d_model]`` of the weighted roots at the sublayer that the sweep has
             reached; None where nothing passes on what it reads, so that nothing asks for it.
+        checkpoints: by depth of the readers, the positions ``[position]`` where they read terms of
+            a residual SAE; at_checkpoint: the gradient that stays there.
     """
 
     run: FrozenRun
@@ -256,24 +264,43 @@ class _Sweep:
     gradient: Tensor | None
     keep: int | None
     memory_budget: int
+    checkpoints: Mapping[int, np.ndarray] = field(default_factory=dict)
     directions: dict[int, Tensor] = field(default_factory=dict)
+    at_checkpoint: dict[int, Tensor] = field(default_factory=dict)
 
-    def finish(self, nodes: np.ndarray, depth: int, blocks: list[_Dense], own: Tensor) -> None:
+    def window(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """``(first, count)``, each ``[position]``: rows of the terms of the stream that readers of
+        this depth read."""
+        first, count = self.writers.starts[:-1], self.writers.before(depth)
+        if depth not in self.checkpoints:
+            return first, count
+        at, (first_apart, count_apart) = self.checkpoints[depth], self.writers.apart(depth)
+        return np.where(at, first_apart, first), np.where(at, count_apart, count)
+
+    def finish(self, nodes: np.ndarray, order: int, blocks: list[_Dense], own: Tensor) -> None:
         """Keep the rows of some targets, and hand their influence to their sources.
 
         Args:
+            order: as of the writers; it falls from row to row.
             own: ``[2, target]``: constant and value.
         """
         total = _abs_sums(blocks, len(nodes))
         at = torch.from_numpy(nodes).to(self.influence.device)
         _push(self.influence, blocks, total, self.influence[at] + self.start[at])
         sums = torch.cat([total[None], own.double()])
-        self.rows.add(nodes, depth, blocks, sums, self.keep)
+        self.rows.add(nodes, order, blocks, sums, self.keep)
 
-    def add(self, added: Tensor | None) -> None:
-        """Add to the gradient."""
-        if self.gradient is not None and added is not None:
-            self.gradient = self.gradient + added
+    def add(self, added: Tensor | None, depth: int) -> None:
+        """Add to the gradient what readers of a depth read."""
+        if self.gradient is None or added is None:
+            return
+        if depth in self.checkpoints:
+            at = torch.from_numpy(self.checkpoints[depth]).to(added.device)[:, None]
+            stays = torch.where(at, added, 0)
+            before = self.at_checkpoint.get(depth)
+            self.at_checkpoint[depth] = stays if before is None else before + stays
+            added = torch.where(at, 0, added)
+        self.gradient = self.gradient + added
 
     def add_score(self, root: ScoreReader, weight: float) -> None:
         """A score reads the stream before its own layer, so it joins the gradient there."""
@@ -283,18 +310,26 @@ class _Sweep:
         if self.writers.means is not None:
             vectors = vectors - vectors.mean(-1, keepdim=True)
         at = torch.tensor(root.positions, device=vectors.device)
-        self.gradient = self.gradient.index_add(0, at, weight * vectors)
+        read = torch.zeros_like(self.gradient).index_add(0, at, weight * vectors)
+        self.add(read, 2 * root.layer + 1)
 
-    def slope(self, nodes: np.ndarray) -> Tensor | None:
-        """``[target]``: the derivative of the weighted roots with respect to each row's value."""
+    def slope(self, nodes: np.ndarray, checkpoint: int | None = None) -> Tensor | None:
+        """``[target]``: the derivative of the weighted roots with respect to each row's value.
+
+        Args:
+            checkpoint: the depth where the targets split the stream, if they do.
+        """
         if self.gradient is None:
             return None
+        gradient = self.gradient
+        if checkpoint is not None:
+            gradient = self.at_checkpoint.get(checkpoint, torch.zeros_like(gradient))
         slope = self.start[torch.from_numpy(nodes).to(self.start.device)].to(self.gradient.dtype)
         inside = np.flatnonzero(nodes < len(self.writers))
         features = inside[~np.isnan(self.writers.activation[nodes[inside]])]
         rows = nodes[features]
         at = torch.from_numpy(self.writers.position[rows].astype(np.int64)).to(slope.device)
-        written = _dot(self.writers, rows, self.gradient[at])
+        written = _dot(self.writers, rows, gradient[at])
         pre = torch.from_numpy(self.writers.pre_activation[rows]).to(written)
         slope[torch.from_numpy(features).to(slope.device)] += written / pre
         # What passes on is measured in units of the roots already.
@@ -322,6 +357,9 @@ def sweep(
     progress: Callable[[int], object] | None = None,
     mlps: Sequence[LinearMlp] | None = None,
     heads: bool = False,
+    residuals: Mapping[int, FrozenResidual] | None = None,
+    checkpoints: Mapping[int, np.ndarray] | None = None,
+    recurse: bool = False,
 ) -> Flow:
     """Attribute the roots recursively.
 
@@ -340,6 +378,10 @@ def sweep(
         mlps: by layer, with activation ratios frozen: raw MLPs and SAEs on MLP outputs are then
             expanded through them. None: they are leaves.
         heads: heads of layers without an SAE are expanded through their patterns, else leaves.
+        residuals: the stream split by residual SAEs, by depth of its readers; ``writers`` holds
+            their terms.
+        checkpoints: by depth, ``[position]``, where readers take those terms and not the writers.
+        recurse: features of residual SAEs get in-edges from the writers, else they are leaves.
     """
     n_layers, device = len(run.layers), run.embed.device
     numbers = _number_roots(writers, roots)
@@ -347,6 +389,7 @@ def sweep(
     root_weight = np.zeros(n_nodes)
     np.add.at(root_weight, numbers, np.asarray(root_weights, dtype=np.float64))
     kinds = ["attn", "tc", "tc_skip"] + ["mlp", "mlp_sae"] * (mlps is not None) + ["head"] * heads
+    kinds += list(RESIDUAL_KINDS) * recurse
     expandable = writers.of_kinds(kinds)
     passing = writers.of_kinds([kind for kind in kinds if kind in PASSING_KINDS])
     state = _Sweep(
@@ -358,7 +401,9 @@ def sweep(
         gradient=torch.zeros_like(run.embed) if passing.any() else None,
         keep=edges_per_target,
         memory_budget=memory_budget,
+        checkpoints=checkpoints or {},
     )
+    last = 2 * n_layers + 1
     for number, root in zip(numbers, roots, strict=True):
         if isinstance(root, StreamReader):
             readers = LocalReaders(
@@ -367,38 +412,47 @@ def sweep(
                 torch.tensor([root.value], dtype=torch.float64, device=device),
                 centred=True,
             )
-            at = np.array([root.position])
-            prefix = writers.prefix(n_layers)
-            depth = 2 * n_layers + 1
-            one = np.array([number])
-            state.add(_expand_local(state, depth, one, at, lambda _, r=readers: r, prefix))
+            at, one = np.array([root.position]), np.array([number])
+            window = state.window(last)
+            found = _expand_local(state, 2 * last, one, at, lambda _, r=readers: r, window)
+            state.add(found, last)
         elif isinstance(root, ScoreReader):
-            columns, weights = root.edges(writers)
+            columns, weights = root.edges(writers, *state.window(2 * root.layer + 1))
             own = torch.tensor([[root.constant], [root.value]], dtype=torch.float64, device=device)
             blocks = [_Dense(0, columns, weights[:, None])]
             # a root, which nothing reads
-            state.finish(np.array([number]), 2 * n_layers + 1, blocks, own)
+            state.finish(np.array([number]), 2 * last, blocks, own)
 
     remaining, waiting = node_budget, torch.zeros(())
+    wanted_here = _roots_by_place(numbers, roots)
+
+    def split_stream(depth: int) -> None:
+        """Expand features of the residual SAE that readers of this depth may read."""
+        nonlocal remaining
+        if depth not in (residuals or {}):
+            return
+        assert residuals is not None
+        chosen = _select(writers, state.influence, expandable, 2 * depth - 1, remaining, numbers)
+        if remaining is not None:
+            remaining -= len(chosen)
+        dictionary = residuals[depth].dictionary
+        wanted = wanted_here.get((dictionary.kind, dictionary.layer), {})
+        _expand_residual(state, residuals[depth], *_sorted_targets(writers, chosen, wanted))
+
+    split_stream(last)
     for depth in range(2 * n_layers, 0, -1):
         layer, of_mlp = (depth - 1) // 2, depth % 2 == 0
         before = state.gradient
-        wanted = {
-            number: root
-            for number, root in zip(numbers, roots, strict=True)
-            if isinstance(root, Feature) and root.layer == layer and (root.kind != "attn") == of_mlp
-        }
-        chosen = _select(writers, state.influence, expandable, depth, remaining, numbers)
+        wanted: dict[int, Feature] = {}
+        for kind in ("tc", "mlp_sae") if of_mlp else ("attn",):
+            wanted |= wanted_here.get((kind, layer), {})
+        chosen = _select(writers, state.influence, expandable, 2 * depth, remaining, numbers)
         if remaining is not None:
             remaining -= len(chosen)
-        nodes = np.concatenate([chosen, list(wanted)]).astype(np.int64)
+        nodes, index, at = _sorted_targets(writers, chosen, wanted)
         if len(nodes):
-            index = np.concatenate([writers.index[chosen], [r.feature for r in wanted.values()]])
-            at = np.concatenate([writers.position[chosen], [r.position for r in wanted.values()]])
-            order = np.argsort(at, kind="stable")
-            nodes, index, at = nodes[order], index[order].astype(np.int64), at[order]
             group = _expand_mlp if of_mlp else _expand_attention
-            group(state, layer, nodes, index, at.astype(np.int64), mlps)
+            group(state, layer, nodes, index, at, mlps)
         if not of_mlp:
             for number, root in zip(numbers, roots, strict=True):
                 if isinstance(root, ScoreReader) and root.layer == layer:
@@ -409,6 +463,7 @@ def sweep(
                 waiting, state.gradient = state.gradient - before, before
             else:
                 state.gradient = state.gradient + waiting
+        split_stream(depth)
         if progress is not None and not of_mlp:
             progress(layer)
     return state.rows.finish(numbers, root_weight, state.influence, state.directions)
@@ -432,22 +487,44 @@ def _number_roots(
     return numbers
 
 
-def _upstream(writers: WriterTable, prefix: np.ndarray, position: int) -> np.ndarray:
-    start = writers.starts[position]
-    return np.arange(start, start + prefix[position], dtype=np.int32)
+def _roots_by_place(
+    numbers: Sequence[int], roots: Sequence[StreamReader | ScoreReader | Feature]
+) -> dict[tuple[str, int], dict[int, Feature]]:
+    """Features among the roots by kind and layer, each by its node number."""
+    found: dict[tuple[str, int], dict[int, Feature]] = {}
+    for number, root in zip(numbers, roots, strict=True):
+        if isinstance(root, Feature):
+            found.setdefault((root.kind, root.layer), {})[number] = root
+    return found
+
+
+def _sorted_targets(
+    writers: WriterTable, chosen: np.ndarray, wanted: Mapping[int, Feature]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, features (or heads) and positions, sorted by position."""
+    nodes = np.concatenate([chosen, list(wanted)]).astype(np.int64)
+    index = np.concatenate([writers.index[chosen], [r.feature for r in wanted.values()]])
+    at = np.concatenate([writers.position[chosen], [r.position for r in wanted.values()]])
+    order = np.argsort(at, kind="stable")
+    return nodes[order], index[order].astype(np.int64), at[order].astype(np.int64)
+
+
+def _upstream(window: tuple[np.ndarray, np.ndarray], position: int) -> np.ndarray:
+    first, count = (int(values[position]) for values in window)
+    return np.arange(first, first + count, dtype=np.int32)
 
 
 def _select(
     writers: WriterTable,
     influence: Tensor,
     expandable: np.ndarray,
-    depth: int,
+    order: int,
     remaining: int | None,
     roots: Sequence[int],
 ) -> np.ndarray:
-    """Nodes of a sublayer that are expanded: those among the ``remaining`` most influential of all
-    pending ones, here and below. Roots are expanded anyway."""
-    here = expandable & (writers.depth == depth)
+    """Nodes of one place in the writers' order that are expanded: those among the ``remaining``
+    most influential of all pending ones, here and below. Roots are expanded anyway."""
+    here = expandable & (writers.order == order)
     if not here.any():
         return np.zeros(0, dtype=np.int64)
     strength = influence.numpy(force=True).copy()
@@ -458,11 +535,11 @@ def _select(
         return rows
     if remaining <= 0:
         return rows[:0]
-    pending = np.concatenate([rows, np.flatnonzero(expandable & (writers.depth < depth))])
+    pending = np.concatenate([rows, np.flatnonzero(expandable & (writers.order < order))])
     if len(pending) <= remaining:
         return rows
-    order = np.argsort(-strength[pending], kind="stable")[:remaining]
-    return np.sort(pending[order[order < len(rows)]])
+    best = np.argsort(-strength[pending], kind="stable")[:remaining]
+    return np.sort(pending[best[best < len(rows)]])
 
 
 def _abs_sums(blocks: Sequence[_Dense], n_targets: int) -> Tensor:
@@ -501,7 +578,29 @@ def _expand_attention(
             return feature_readers(frozen, which, at)
         return head_readers(frozen, which.to(device), at, state.direction(nodes[piece]))
 
-    state.add(_expand(state, layer, nodes, position, readers))
+    state.add(_expand(state, layer, nodes, position, readers), 2 * layer + 1)
+
+
+def _expand_residual(
+    state: _Sweep,
+    residual: FrozenResidual,
+    nodes: np.ndarray,
+    index: np.ndarray,
+    position: np.ndarray,
+) -> None:
+    """In-edges of features of a residual SAE, from all that wrote the stream."""
+    if not len(nodes):
+        return
+    depth, device = residual.depth, state.influence.device
+
+    def readers(piece: slice) -> LocalReaders:
+        features = torch.from_numpy(index[piece]).to(device)
+        return residual_readers(residual, features, torch.from_numpy(position[piece]).to(device))
+
+    window = state.writers.starts[:-1], state.writers.before(depth)
+    added = _expand_local(state, 2 * depth - 1, nodes, position, readers, window, depth)
+    if state.gradient is not None and added is not None:
+        state.gradient = state.gradient + added
 
 
 def _expand_mlp(
@@ -517,7 +616,8 @@ def _expand_mlp(
     assert mlp is not None
     linear = None if mlps is None else mlps[layer]
     depth = 2 * layer + 2
-    prefix = state.writers.before(depth - 1 if state.run.parallel else depth)
+    reads = depth - 1 if state.run.parallel else depth
+    window = state.window(reads)
     inactive = nodes >= len(state.writers)
     feature = inactive.copy()
     feature[~inactive] = ~np.isnan(state.writers.activation[nodes[~inactive]])
@@ -544,24 +644,30 @@ def _expand_mlp(
             assert linear is not None
             return mlp_readers(mlp, places, directions, linear)
 
-        found.append(_expand_local(state, depth, of_group, at, readers, prefix))
+        found.append(_expand_local(state, 2 * depth, of_group, at, readers, window))
     for added in found:  # not before all of this sublayer have asked for the gradient
-        state.add(added)
+        state.add(added, reads)
 
 
 def _expand_local(
     state: _Sweep,
-    depth: int,
+    order: int,
     nodes: np.ndarray,
     position: np.ndarray,
     make_readers: Callable[[slice], LocalReaders],
-    prefix: np.ndarray,
+    window: tuple[np.ndarray, np.ndarray],
+    checkpoint: int | None = None,
 ) -> Tensor | None:
     """In-edges of targets that read their own position only, sorted by position; returns what they
-    add to the gradient."""
+    add to the gradient.
+
+    Args:
+        window: the rows that make up the stream they read.
+        checkpoint: the depth where the targets split the stream, if they do.
+    """
     writers, device = state.writers, state.influence.device
-    slope = state.slope(nodes)
-    width = int(prefix.max()) + 3 * writers.vectors.shape[1]
+    slope = state.slope(nodes, checkpoint)
+    width = int(window[1].max()) + 3 * writers.vectors.shape[1]
     chunk = max(1, state.memory_budget // (2 * state.run.embed.element_size() * width))
     added = None if state.gradient is None else torch.zeros_like(state.gradient)
     for first in range(0, len(nodes), chunk):
@@ -577,7 +683,7 @@ def _expand_local(
         own = torch.stack([readers.constant, readers.value])
         for q in np.unique(at):
             a, b = np.searchsorted(at, [q, q + 1])
-            columns = _upstream(writers, prefix, int(q))
+            columns = _upstream(window, int(q))
             if not len(columns):
                 continue
             inside = slice(int(columns[0]), int(columns[-1]) + 1)
@@ -585,7 +691,7 @@ def _expand_local(
             if not readers.centred and writers.means is not None:
                 weights = weights + writers.means[inside, None] * readers.vectors[a:b].sum(-1)
             blocks = [_Dense(0, columns, weights)]
-            state.finish(nodes[piece][a:b], depth, blocks, own[:, a:b])
+            state.finish(nodes[piece][a:b], order, blocks, own[:, a:b])
     return added
 
 
@@ -606,9 +712,9 @@ def _expand(
     """In-edges of targets of attention of one layer, sorted by position; returns what they add to
     the gradient."""
     run, writers = state.run, state.writers
-    prefix = writers.prefix(layer)
-    offsets = np.concatenate([[0], np.cumsum(prefix)])
-    columns = np.concatenate([_upstream(writers, prefix, p) for p in range(run.n_positions)])
+    window = state.window(2 * layer + 1)
+    offsets = np.concatenate([[0], np.cumsum(window[1])])
+    columns = np.concatenate([_upstream(window, p) for p in range(run.n_positions)])
     slope = state.slope(nodes)
     added = None if state.gradient is None else torch.zeros_like(state.gradient)
     d_model, n_heads = writers.vectors.shape[1], run.layers[layer].z.shape[1]
@@ -623,10 +729,10 @@ def _expand(
         readers = make_readers(piece)
         sloped = None if slope is None else slope[piece]
         blocks = _contract(
-            readers, position[piece], writers, prefix, offsets, columns, sloped, added
+            readers, position[piece], writers, window, offsets, columns, sloped, added
         )
         own = torch.stack([readers.constant, readers.value])
-        state.finish(nodes[piece], 2 * layer + 1, blocks, own)
+        state.finish(nodes[piece], 2 * (2 * layer + 1), blocks, own)
     if added is not None and writers.means is not None:  # attention reads the centred stream
         added -= added.mean(-1, keepdim=True)
     return added
@@ -636,7 +742,7 @@ def _contract(
     readers: FeatureReaders,
     at: np.ndarray,
     writers: WriterTable,
-    prefix: np.ndarray,
+    window: tuple[np.ndarray, np.ndarray],
     offsets: np.ndarray,
     columns: np.ndarray,
     slope: Tensor | None,
@@ -646,13 +752,13 @@ def _contract(
 
     ``added [position, d_model]`` is given the sum of the readers, times their ``slope [target]``.
     """
-    heads, n_targets = readers.heads, len(at)
+    heads, n_targets, (starts, counts) = readers.heads, len(at), window
     n_sources = int(at[-1]) + 1
     begins = np.searchsorted(at, np.arange(n_sources))  # earlier targets do not see the position
-    ends = np.concatenate([[0], np.cumsum(prefix[:n_sources] * (n_targets - begins))])
+    ends = np.concatenate([[0], np.cumsum(counts[:n_sources] * (n_targets - begins))])
     flat = torch.empty(int(ends[-1]), dtype=heads.dtype, device=heads.device)
     pieces = [
-        flat[ends[p] : ends[p + 1]].view(int(prefix[p]), n_targets - int(begins[p]))
+        flat[ends[p] : ends[p + 1]].view(int(counts[p]), n_targets - int(begins[p]))
         for p in range(n_sources)
     ]
     for low in range(0, n_sources, _BLOCK):
@@ -663,8 +769,8 @@ def _contract(
         if added is not None and slope is not None:
             added[low:high] += torch.einsum("t,ptd->pd", slope[begin:].to(block), block)
         for p in range(low, high):
-            first = int(writers.starts[p])
-            y = writers.vectors[first : first + int(prefix[p])]
+            first = int(starts[p])
+            y = writers.vectors[first : first + int(counts[p])]
             torch.mm(y, block[p - low, int(begins[p]) - begin :].T, out=pieces[p])
     # neighbouring positions that the same targets see are one block
     bounds = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), n_sources]

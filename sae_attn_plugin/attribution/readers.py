@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenMlp, FrozenRun, LinearMlp
+from sae_attn_plugin.attribution.frozen import (
+    FrozenLayer,
+    FrozenMlp,
+    FrozenResidual,
+    FrozenRun,
+    LinearMlp,
+)
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,17 @@ def mlp_feature_readers(
     assert linear is not None
     readers = mlp_readers(mlp, positions, rows, linear)
     return replace(readers, constant=c + readers.constant, value=value)
+
+
+def residual_readers(
+    residual: FrozenResidual, features: Int[Tensor, " target"], positions: Int[Tensor, " target"]
+) -> LocalReaders:
+    """The readers of features of an SAE on the residual stream, which no norm stands before."""
+    dictionary = residual.dictionary
+    rows, constant = dictionary.read(features, residual.stream.dtype)
+    rows = rows / dictionary.input_scale(residual.encoded.scale)[positions]
+    value = constant + (rows * residual.stream[positions]).sum(-1)
+    return LocalReaders(rows, constant, value, centred=False)
 
 
 def mlp_readers(

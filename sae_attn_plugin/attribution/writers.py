@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,18 +11,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_attn_plugin.attribution.frozen import FrozenLayer, FrozenMlp, FrozenRun
+from sae_attn_plugin.attribution.frozen import (
+    FrozenLayer,
+    FrozenMlp,
+    FrozenResidual,
+    FrozenRun,
+)
 from sae_attn_plugin.backends.protocol import Norm
 from sae_attn_plugin.dictionaries import Dictionary, Encoded
-from sae_attn_plugin.nodes import FEATURE_KINDS, Node
+from sae_attn_plugin.nodes import FEATURE_KINDS, RESIDUAL_KINDS, Node
 
 # Kinds by code, as stored in WriterTable.kind.
 KINDS = (
     *("embed", "pos", "attn", "attn_bias", "attn_err", "head", "mlp"),
     *("tc", "tc_bias", "tc_err", "tc_skip", "mlp_sae", "mlp_sae_bias", "mlp_sae_err"),
+    *(f"{kind}{part}" for kind in RESIDUAL_KINDS for part in ("", "_bias", "_err")),
 )
 _CODE = {kind: code for code, kind in enumerate(KINDS)}
 _OF_ATTENTION = ("attn", "attn_bias", "attn_err", "head")
+# What an SAE makes of the whole stream is no writer beside the others. It is kept behind them, out
+# of reach of every prefix, for the readers that take it in their stead.
+_APART = 2**20
 
 
 # A table up to this size is written out; a larger one shares its rows.
@@ -64,13 +73,14 @@ class WriterTable:
     """Every writer of a frozen run, sorted by position, then by depth.
 
     Writers at position ``p`` are rows ``starts[p]:starts[p + 1]``; those a reader of layer ``l``
-    sees are the first ``prefix(l)[p]`` of them.
+    sees are the first ``prefix(l)[p]`` of them. Where residual SAEs are given, the terms that those
+    split the stream into stand behind them: :meth:`apart`.
 
     Attributes:
         vectors: ``[writer, d_model]``, centred where the model's norms centre what they read.
         kind: ``[writer]`` codes into :data:`KINDS`; layer: -1 for embeddings; index: feature or
             head, else -1; position; depth: 0 for embeddings, ``2l + 1`` attention of layer l,
-            ``2l + 2`` its MLP.
+            ``2l + 2`` its MLP; far above these for terms of residual SAEs.
         activation: feature activation, NaN for other kinds.
         starts: ``[positions + 1]``.
         means: ``[writer]``, what centring took from each coordinate; None where nothing is centred.
@@ -101,6 +111,19 @@ class WriterTable:
         """``[position]``: how many writers at each position come before ``depth``."""
         upstream = np.concatenate([[0], np.cumsum(self.depth < depth)])
         return upstream[self.starts[1:]] - upstream[self.starts[:-1]]
+
+    def apart(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """``(first, count)``, each ``[position]``: rows of the terms that a residual SAE splits the
+        stream into where readers of this depth read it."""
+        low, high = self.before(_APART + depth), self.before(_APART + depth + 1)
+        return self.starts[:-1] + low, high - low
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """``[writer]``: a sweep is through with larger ones first. A term of the stream comes
+        between its readers and all that is written before."""
+        apart = self.depth >= _APART
+        return np.where(apart, 2 * (self.depth - _APART) - 1, 2 * self.depth)
 
     def node(self, row: int) -> Node:
         kind, layer = KINDS[self.kind[row]], int(self.layer[row])
@@ -165,11 +188,16 @@ class _Part:
             self.n_rows = len(self.vectors)
 
 
-def write_table(run: FrozenRun, dense_bytes: int = _DENSE_BYTES) -> WriterTable:
+def write_table(
+    run: FrozenRun,
+    dense_bytes: int = _DENSE_BYTES,
+    residuals: Sequence[FrozenResidual] = (),
+) -> WriterTable:
     """Collect every writer of a frozen run.
 
     Args:
         run: the frozen run.
+        residuals: places where an SAE splits the stream itself.
         dense_bytes: above this size, writers with the same direction share a row.
     """
     everywhere = torch.arange(run.n_positions, device=run.embed.device)
@@ -180,7 +208,20 @@ def write_table(run: FrozenRun, dense_bytes: int = _DENSE_BYTES) -> WriterTable:
         parts += _attention_parts(number, layer, everywhere)
         if layer.mlp is not None:
             parts += _mlp_parts(number, layer.mlp, everywhere)
+    for residual in residuals:
+        parts += _residual_parts(residual, everywhere)
     return _assemble(parts, run, dense_bytes)
+
+
+def _residual_parts(residual: FrozenResidual, everywhere: Tensor) -> list[_Part]:
+    dictionary, encoded = residual.dictionary, residual.encoded
+    kind, number = dictionary.kind, dictionary.layer
+    bias = dictionary.bias(encoded.scale, encoded.mean)
+    return [
+        _feature_part(dictionary, encoded, number),
+        _Part(bias, f"{kind}_bias", everywhere, number),
+        _Part(residual.error, f"{kind}_err", everywhere, number),
+    ]
 
 
 def _attention_parts(number: int, layer: FrozenLayer, everywhere: Tensor) -> list[_Part]:
@@ -364,4 +405,6 @@ def _vectors(
 def _depth(part: _Part) -> int:
     if part.layer < 0:
         return 0
+    if part.kind.startswith(RESIDUAL_KINDS):
+        return _APART + 2 * part.layer + (2 if part.kind.startswith("resid_mid") else 1)
     return 2 * part.layer + (1 if part.kind in _OF_ATTENTION else 2)

@@ -23,7 +23,7 @@ from sae_attn_plugin.attribution.readers import (
     mlp_feature_readers,
 )
 from sae_attn_plugin.errors import InputError, UnsupportedError
-from sae_attn_plugin.nodes import Logit, LogitDiff, Node, unquote
+from sae_attn_plugin.nodes import RESIDUAL_KINDS, Logit, LogitDiff, Node, unquote
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -209,6 +209,11 @@ class _Parts:
         return self.known[name]
 
     def _split(self, node: Node) -> list[tuple[str | None, Float[Tensor, " d_model"]]]:
+        if node.kind.startswith(RESIDUAL_KINDS):
+            raise UnsupportedError(
+                f"{node} is a part of the whole stream, which many components wrote; a circuit of "
+                "heads needs a graph without expand='residual'"
+            )
         if node not in self.rows:
             raise InputError(f"the node {node} is not in the run; expected a graph as attributed")
         whole = self.run.writers.vectors[self.rows[node]]

@@ -41,6 +41,14 @@ _TYPES = {
     "mlp_sae": "cross layer transcoder",
     "mlp_sae_err": "mlp reconstruction error",
     "mlp_sae_bias": "bias",
+    # The pages know no features of the residual stream; these are drawn as features of the MLP
+    # before it, with numbers and ids of their own.
+    "resid": "cross layer transcoder",
+    "resid_err": "mlp reconstruction error",
+    "resid_bias": "bias",
+    "resid_mid": "cross layer transcoder",
+    "resid_mid_err": "mlp reconstruction error",
+    "resid_mid_bias": "bias",
     "embed": "embedding",
     "pos": "position embedding",
     "logit": "logit",
@@ -207,6 +215,8 @@ class _Writer:
                 body = f"{node.layer}_{node.feature}"
             case "tc_skip":
                 body = f"{node.layer}_skip_mlp"
+            case "resid" | "resid_mid":
+                body = f"{node.layer}_{node.kind.replace('_', '-')}_{node.feature}"
             case "tc_bias" | "mlp_sae_bias":
                 body = f"{node.layer}_bias_mlp"
             case "embed":
@@ -244,7 +254,7 @@ class _Writer:
         node = self.nodes[name]
         token = quote(self.tokens[node.position])
         match node.kind:
-            case "attn" | "tc" | "mlp_sae":
+            case "attn" | "tc" | "mlp_sae" | "resid" | "resid_mid":
                 return _text(self.graph.nodes[name].get("label"), "")
             case "attn_err":
                 return f"Err: attention {node.layer} {token}"
@@ -260,6 +270,10 @@ class _Writer:
                 return f"Err: MLP {node.layer} {token}"
             case "tc_bias" | "mlp_sae_bias":
                 return f"Bias: MLP {node.layer} {token}"
+            case "resid_err" | "resid_mid_err" | "resid_bias" | "resid_mid_bias":
+                what = "Err" if node.kind.endswith("_err") else "Bias"
+                before = "MLP" if node.kind.startswith("resid_mid") else "layer"
+                return f"{what}: stream before {before} {node.layer} {token}"
             case "embed":
                 return f"Emb: {token}"
             case "pos":

@@ -19,6 +19,7 @@ __all__ = ["Path", "strongest_paths"]
 _SHOW_TOKEN = (
     *("embed", "pos", "mlp:", "attn_err", "attn_bias", "head"),
     *("tc_err", "tc_bias", "tc_skip", "mlp_sae_err", "mlp_sae_bias"),
+    *("resid_err", "resid_bias", "resid_mid_err", "resid_mid_bias"),
 )
 
 

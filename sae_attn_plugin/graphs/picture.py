@@ -20,7 +20,7 @@ from matplotlib.textpath import text_to_path
 
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import write_atomically
-from sae_attn_plugin.nodes import FEATURE_KINDS, TARGET_KINDS, Node, unquote
+from sae_attn_plugin.nodes import FEATURE_KINDS, RESIDUAL_KINDS, TARGET_KINDS, Node, unquote
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -38,10 +38,16 @@ STYLES: dict[str, tuple[str, str, str]] = {  # kind -> marker, fill, name in the
     "attn_bias": ("d", "#C9C9C9", "attention bias"),
     "tc": ("v", "#56B4E9", "transcoder feature"),
     "mlp_sae": ("<", "#56B4E9", "MLP feature"),
+    "resid": ("H", "#E69F00", "residual feature"),
+    "resid_mid": ("H", "#F5CF85", "residual feature before the MLP"),
     "mlp": ("s", "#8C8C8C", "MLP"),
     "tc_skip": ("P", "#8C8C8C", "transcoder skip"),
     "tc_err": ("X", "#8C8C8C", "transcoder error"),
     "mlp_sae_err": ("X", "#8C8C8C", "MLP error"),
+    "resid_err": ("X", "#E69F00", "residual error"),
+    "resid_mid_err": ("X", "#F5CF85", "residual error before the MLP"),
+    "resid_bias": ("D", "#E8DCC4", "residual bias"),
+    "resid_mid_bias": ("D", "#E8DCC4", "residual bias before the MLP"),
     "tc_bias": ("D", "#C9C9C9", "transcoder bias"),
     "mlp_sae_bias": ("D", "#C9C9C9", "MLP bias"),
     "embed": ("o", "#FFFFFF", "token embedding"),
@@ -166,6 +172,9 @@ class Writing:
 # -- layout --------------------------------------------------------------------------------------
 
 
+_SUBLAYERS = ("stream", "attention", "stream at MLP", "MLP")
+
+
 @dataclass(order=True, frozen=True)
 class _Row:
     """A row of the picture, from the bottom up."""
@@ -179,7 +188,7 @@ class _Row:
             return "embeddings"
         if math.isinf(self.layer):
             return "output"
-        return f"{int(self.layer)} · {'MLP' if self.sublayer else 'attention'}"
+        return f"{int(self.layer)} · {_SUBLAYERS[self.sublayer]}"
 
 
 def _row_of(node: Node) -> _Row:
@@ -187,7 +196,9 @@ def _row_of(node: Node) -> _Row:
         return _Row(math.inf, 0)
     if node.layer is None:
         return _Row(-1, 0)
-    return _Row(node.layer, int(node.kind.startswith(("mlp", "tc"))))
+    if node.kind.startswith(RESIDUAL_KINDS):
+        return _Row(node.layer, 2 if node.kind.startswith("resid_mid") else 0)
+    return _Row(node.layer, 3 if node.kind.startswith(("mlp", "tc")) else 1)
 
 
 @dataclass

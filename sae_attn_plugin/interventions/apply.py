@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_attn_plugin.backends.protocol import (
     Capture,
+    Geometry,
     LayerWeights,
     Norm,
     Site,
@@ -444,6 +445,8 @@ class _Plan:
             names = ["mlp_out"] if d.kind == "mlp_sae" else ["resid_pre"]
             names += ["attn_out"] * (d.kind == "tc" and not self.g.parallel)
             reads += [Site(name, layer) for name in names]
+        for d in self.lens.residual_saes.values():
+            reads += _sites_of_stream(d, self.g)
         if self.g.logit_soft_cap is not None:
             reads.append(Site("unembed_in"))
         return list(dict.fromkeys(reads))
@@ -1033,7 +1036,10 @@ def what_it_reads(
     Args:
         scale: of the norm on the way, where it is held.
     """
-    layer, weights = dictionary.layer, lens.backend.layer_weights(dictionary.layer)
+    layer = dictionary.layer
+    if dictionary.reads in ("resid_pre", "resid_mid"):
+        return sum(values[site] for site in _sites_of_stream(dictionary, lens.backend.geometry))
+    weights = lens.backend.layer_weights(layer)
     if dictionary.reads == "z":
         return values[Site("z", layer)]
     if dictionary.reads == "mlp_out":
@@ -1062,11 +1068,23 @@ def read_by(
             their scale.
     """
     scale = None
-    if dictionary.layer in held.get("norms", ()):
+    behind_norm = dictionary.reads not in ("resid_pre", "resid_mid")
+    if behind_norm and dictionary.layer in held.get("norms", ()):
         weights = run.lens.backend.layer_weights(dictionary.layer)
         scale = _scale_before(run, dictionary, weights)
     read = what_it_reads(run.lens, dictionary, values, scale)
     return read.to(torch.promote_types(read.dtype, torch.float32))
+
+
+def _sites_of_stream(dictionary: Dictionary, geometry: Geometry) -> list[Site]:
+    """Sites whose sum a residual SAE reads."""
+    layer, last = dictionary.layer, geometry.n_layers - 1
+    if dictionary.reads == "resid_mid":
+        return [Site("resid_pre", layer), Site("attn_out", layer)]
+    if layer <= last:
+        return [Site("resid_pre", layer)]
+    names = ["resid_pre", "attn_out", *["mlp_out"] * geometry.has_mlp]
+    return [Site(name, last) for name in names]
 
 
 def _scale_before(run: Run, dictionary: Dictionary, weights: LayerWeights) -> Tensor | None:

@@ -22,6 +22,7 @@ from sae_attn_plugin.interventions.edits import FREEZABLE, AddToStream
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
     PASSING_KINDS,
+    RESIDUAL_KINDS,
     Feature,
     FeatureKind,
     Logit,
@@ -250,7 +251,7 @@ def validate(
     if taken := {"frozen", "free", "random"} & set(freezes or {}):
         raise InputError(f"freezes: the names {', '.join(sorted(taken))} are taken")
     run = lens.run([graph.graph["token_ids"]])
-    rows = run.writers.rows()
+    rows = run.all_writers.rows()
     edges = _edges(graph)
     sources = list(dict.fromkeys(source for source, _ in edges))
     if max_sources is not None:
@@ -293,7 +294,7 @@ def validate(
         }
         random = None
         if swapped:
-            weights = _weights(run, swapped)
+            weights = _weights(run, swapped, graph)
             random = _agreement(swapped, weights, measure(swapped, ()), size)
     about = {
         key: graph.graph.get(key) for key in ("model", "backend", "dtype", "prompt", "targets")
@@ -320,14 +321,22 @@ def _edges(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
 def _removal(run: Run, rows: Mapping[Node, int], name: str) -> AddToStream:
     """The edit that takes a writer out of the residual stream."""
     node = Node.parse(name)
-    vector = run.writers.full(np.array([rows[node]]))[0]
-    return AddToStream(-vector, node.position, _site(node), node.layer or 0)
+    vector = run.all_writers.full(np.array([rows[node]]))[0]
+    return AddToStream(-vector, node.position, *_site(node, run))
 
 
-def _site(node: Node) -> _SiteName:
+def _site(node: Node, run: Run) -> tuple[_SiteName, int]:
+    """Where to take a node out of the stream. A term of the stream itself is taken out of what was
+    written to it last."""
+    layer = node.layer or 0
     if node.kind in ("embed", "pos"):
-        return "embed"
-    return "attn_out" if node.kind.startswith(("attn", "head")) else "mlp_out"
+        return "embed", 0
+    if node.kind.startswith(RESIDUAL_KINDS) and not node.kind.startswith("resid_mid"):
+        if layer == 0:
+            return "embed", 0
+        return ("mlp_out" if run.lens.backend.geometry.has_mlp else "attn_out"), layer - 1
+    of_attention = node.kind.startswith(("attn", "head", "resid_mid"))
+    return ("attn_out" if of_attention else "mlp_out"), layer
 
 
 class _Measure:
@@ -429,6 +438,8 @@ def _directions(run: Run, graph: nx.DiGraph) -> dict[Node, Tensor]:
         weights=known.get("target_weights"),
         mlp=known.get("mlp", "terminal"),
         heads=known.get("heads", "terminal"),
+        expand=known.get("expand", "writers"),
+        residual=known.get("residual", "terminal"),
         node_budget=known.get("node_budget"),
     )
     flow = att.flow
@@ -488,10 +499,11 @@ def _swap(
     return list(found)
 
 
-def _weights(run: Run, pairs: Sequence[tuple[str, str]]) -> list[float]:
+def _weights(run: Run, pairs: Sequence[tuple[str, str]], graph: nx.DiGraph) -> list[float]:
     """The edges between given pairs, zero where there is none."""
     targets = [_as_target(Node.parse(target)) for _, target in pairs]
-    attribution = run.attribute(list(dict.fromkeys(targets)), node_budget=0)
+    expand = graph.graph.get("expand", "writers")
+    attribution = run.attribute(list(dict.fromkeys(targets)), expand=expand, node_budget=0)
     frame = attribution.edges
     wanted = {source for source, _ in pairs}
     frame = frame[frame["source"].isin(wanted)]

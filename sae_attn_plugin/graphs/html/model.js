@@ -9,6 +9,8 @@
     attn: ["triangle", "attn", "attention feature", "attention features"],
     tc: ["circle", "tc", "transcoder feature", "transcoder features"],
     mlp_sae: ["circle", "tc", "MLP feature", "MLP features"],
+    resid: ["hexagon", "resid", "residual feature", "residual features"],
+    resid_mid: ["hexagon", "resid", "residual feature at an MLP", "residual features at MLPs"],
     head: ["hexagon", "head", "head without SAE", "heads without SAE"],
     attn_err: ["cross", "err", "attention error", "attention errors"],
     tc_err: ["cross", "mlp", "transcoder error", "transcoder errors"],
@@ -16,6 +18,10 @@
     tc_bias: ["diamond", "bias", "transcoder bias", "transcoder biases"],
     mlp_sae_err: ["cross", "mlp", "MLP error", "MLP errors"],
     mlp_sae_bias: ["diamond", "bias", "MLP bias", "MLP biases"],
+    resid_err: ["cross", "resid", "residual error", "residual errors"],
+    resid_bias: ["diamond", "bias", "residual bias", "residual biases"],
+    resid_mid_err: ["cross", "resid", "residual error at an MLP", "residual errors at MLPs"],
+    resid_mid_bias: ["diamond", "bias", "residual bias at an MLP", "residual biases at MLPs"],
     tc_skip: ["square", "mlp", "transcoder skip", "transcoder skips"],
     mlp: ["square", "mlp", "MLP", "MLPs"],
     super: ["group", "group", "supernode", "supernodes"],
@@ -93,8 +99,10 @@
     row(node) {
       if (sag.isTarget(node)) return { order: 1e6, name: "output" };
       if (node.layer === null || node.layer === undefined) return { order: -1, name: "tokens" };
-      const mlp = /^(mlp|tc)/.test(node.kind);
-      return { order: 2 * node.layer + (mlp ? 1 : 0), name: node.layer + (mlp ? " MLP" : " attn") };
+      const rows = [" stream", " attn", " mid", " MLP"];
+      let place = /^(mlp|tc)/.test(node.kind) ? 3 : 1;
+      if (node.kind.startsWith("resid")) place = node.kind.startsWith("resid_mid") ? 2 : 0;
+      return { order: 4 * node.layer + place, name: node.layer + rows[place] };
     }
 
     token(position) {
@@ -125,6 +133,10 @@
         case "tc":
         case "mlp_sae":
           return `MLP feature ${node.layer} / ${node.feature}`;
+        case "resid":
+          return `Residual feature ${node.layer} / ${node.feature}`;
+        case "resid_mid":
+          return `Residual feature before MLP ${node.layer} / ${node.feature}`;
         case "head":
           return `Head ${node.layer}.${node.head}`;
         case "embed":
