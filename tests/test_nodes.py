@@ -55,6 +55,12 @@ PLAIN = [
     Node("mlp_sae", 10, layer=3, feature=120),
     Node("mlp_sae_err", 10, layer=3),
     Node("mlp_sae_bias", 10, layer=3),
+    Node("resid", 10, layer=5, feature=120),
+    Node("resid_err", 10, layer=5),
+    Node("resid_bias", 10, layer=5),
+    Node("resid_mid", 10, layer=5, feature=120),
+    Node("resid_mid_err", 10, layer=5),
+    Node("resid_mid_bias", 10, layer=5),
 ]
 LABELLED = [
     Node(kind, 14, label=quote(token)) for kind in ("logit", "direction") for token in HOSTILE
@@ -69,7 +75,7 @@ NUMBERED = [
     Node("logit_diff", 14, label=f"{quote(5)}-{quote('x')}"),
 ]
 SCORES = [Node("score", 14, layer=7, head=3, key=10, label=side) for side in (None, "query", "key")]
-TARGETS = [PLAIN[i] for i in (0, 4, 5, 8, 9, 12)] + [*LABELLED, *PAIRS, *NUMBERED, *SCORES]
+TARGETS = [PLAIN[i] for i in (0, 4, 5, 8, 9, 12, 15, 18)] + [*LABELLED, *PAIRS, *NUMBERED, *SCORES]
 MERGED = [
     Node("super", 14, layer=layer, label=quote(token))
     for layer in (None, 0, 5)
@@ -107,6 +113,8 @@ def test_every_kind_is_covered_and_no_ids_collide() -> None:
         (PLAIN[12], "mlp_sae:3:120@10"),
         (PLAIN[13], "mlp_sae_err:3@10"),
         (PLAIN[14], "mlp_sae_bias:3@10"),
+        (PLAIN[15], "resid:5:120@10"),
+        (PLAIN[20], "resid_mid_bias:5@10"),
         (Node("logit", 14, label=quote(" Mary")), 'logit:" Mary"@14'),
         (Node("logit_diff", 14, label='" Mary"-" John"'), 'logit_diff:" Mary"-" John"@14'),
         (SCORES[0], "score:7.3:10@14"),

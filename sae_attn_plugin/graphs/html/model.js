@@ -99,7 +99,7 @@
     row(node) {
       if (sag.isTarget(node)) return { order: 1e6, name: "output" };
       if (node.layer === null || node.layer === undefined) return { order: -1, name: "tokens" };
-      const rows = [" stream", " attn", " mid", " MLP"];
+      const rows = [" resid", " attn", " mid", " MLP"];
       let place = /^(mlp|tc)/.test(node.kind) ? 3 : 1;
       if (node.kind.startsWith("resid")) place = node.kind.startsWith("resid_mid") ? 2 : 0;
       return { order: 4 * node.layer + place, name: node.layer + rows[place] };
