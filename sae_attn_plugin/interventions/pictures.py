@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,17 @@ _COLOURS = {
 _LEAST = 1e-12
 
 
-def figure(columns: int, width: float = 4.2, height: float = 4.2) -> tuple[Any, Any]:
-    """A figure that needs no display, and its axes."""
+def figure(panels: int, width: float = 4.2, height: float = 4.2) -> tuple[Any, list[Any]]:
+    """A figure that needs no display, and its axes: side by side, in two rows from three on."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width * columns, height), layout="constrained")
-    return made, made.subplots(1, columns, squeeze=False)[0]
+    rows = 1 if panels < 3 else 2
+    columns = -(-panels // rows)
+    made = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(made.subplots(rows, columns, squeeze=False).flat)
+    for empty in axes[panels:]:
+        empty.set_axis_off()
+    return made, axes[:panels]
 
 
 def save(made: Any, path: Path) -> None:
@@ -51,14 +57,16 @@ def scatter(validation: Validation, path: Path) -> None:
     made, axes = figure(len(parts))
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
         _panel(ax, name, part)
-    axes[0].set_ylabel("measured effect")
     handles, labels = [], []
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             if label not in labels:
                 handles.append(handle)
                 labels.append(label)
-    axes[-1].legend(handles, labels, fontsize=7, loc="lower right", framealpha=0.9)
+    # beside the panels, where it covers no point
+    made.legend(
+        handles, labels, fontsize=8, loc="outside right upper", title="source", markerscale=2
+    )
     save(made, path)
 
 
@@ -77,9 +85,26 @@ def _panel(ax: Any, name: str, part: Agreement) -> None:
     ax.set_xlim(-largest, largest)
     ax.set_ylim(-largest, largest)
     ax.set_aspect("equal")
-    ax.tick_params(labelsize=6)
-    ax.set_title(f"{name}: R2 {part.r2:.3f}, sign {part.sign_agreement:.0%}", fontsize=9)
-    ax.set_xlabel("predicted: minus the edge")
+    _few_ticks(ax, largest / 1.08)
+    ax.set_title(name, fontsize=10)
+    ax.text(
+        *(0.03, 0.97, f"R2 {part.r2:.3f}, signs {part.sign_agreement:.0%}\n{len(table)} edges"),
+        **{"transform": ax.transAxes, "va": "top", "fontsize": 8},
+    )
+    ax.set_xlabel("predicted: minus the edge", fontsize=9)
+    ax.set_ylabel("measured on the model", fontsize=9)
+    ax.tick_params(labelsize=8)
+
+
+def _few_ticks(ax: Any, largest: float) -> None:
+    """Zero and two powers of ten on each side, so that labels have room."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    top = math.floor(math.log10(largest))
+    ticks = [0.0] + [sign * 10.0**power for power in (top - 1, top) for sign in (1, -1)]
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
 
 
 def curve(faithfulness: Faithfulness, path: Path) -> None:
