@@ -140,7 +140,7 @@ def test_feature_edits_by_hand(name: str, what: str, of_mlps: str, host: str) ->
         frame = run[0].features(layer=layer, position=5, kind=kind)
         feature, active = int(frame.iloc[0]["feature"]), float(frame.iloc[0]["activation"])
         edge = run[0].attribute(sap.Logit(9, 5), node_budget=0).edges
-        row = edge[edge["source"] == f"{kind}:{layer}:{feature}@5"]
+        row: Any = edge[edge["source"] == f"{kind}:{layer}:{feature}@5"]
         size = float(edge["weight"].abs().sum())
         weight = float(row["weight"].iloc[0])
         everything = ["patterns", "norms", "mlp", "attention"]
@@ -152,7 +152,7 @@ def test_feature_edits_by_hand(name: str, what: str, of_mlps: str, host: str) ->
             effect = lens.intervene(run[0], [edit], everything).effect(sap.Logit(9, 5))
             assert float(effect) == pytest.approx(share * weight, rel=0, abs=2e-5 * size), edit
             changed = lens.intervene(run[0], [edit]).changed_features()
-            first = changed[(changed["layer"] == layer) & (changed["feature"] == feature)]
+            first: Any = changed[(changed["layer"] == layer) & (changed["feature"] == feature)]
             first = first[first["kind"] == kind] if "kind" in changed else first
             at = first[first["position"] == 5].iloc[0]
             assert at["edited"] == pytest.approx((1 + share) * active, rel=1e-4, abs=1e-5)
