@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import random_saes, tiny_gpt2, word_tokenizer
+from helpers import random_saes, random_transcoder, tiny_gpt2, word_tokenizer
 from test_files import small_graph
 from typer.testing import CliRunner
 
@@ -412,6 +412,28 @@ def test_export_refuses(graph_file: Path, here: Path, arguments: list[str], mess
 def test_export_of_a_foreign_file(graph_file: Path, here: Path, data: bytes) -> None:
     graph_file.write_bytes(data)
     check_refused(call("export", graph_file, "a.graphml"), here, "cannot load")
+
+
+def test_transcoders_and_what_passes_on(files: Path, here: Path) -> None:
+    folder = here / "transcoders"
+    random_transcoder(1, 30).save_model(folder / "blocks.1")
+    out = here / "graph.json"
+    through = ("--mlp", "linearise", "--heads", "linearise", "--nodes", 1, "--edges", 1)
+    result = call_graph(
+        files, "--out", out, "--node-budget", 400, *through,
+        target="w5", transcoders=str(folder), saes=str(files / "saes" / "blocks.0.attn.hook_z"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    graph = sap.load(out)
+    expanded = {sap.Node.parse(n).kind for n, yes in graph.nodes(data="expanded") if yes}
+    assert expanded == {"logit", "attn", "tc", "mlp", "head"}
+    assert (graph.graph["mlp"], graph.graph["heads"]) == ("linearise", "linearise")
+    refused = call_graph(files, "--out", out, target="w5", transcoders=str(here / "none"))
+    assert refused.exit_code == 2
+    assert "neither a folder nor a sae_lens release" in refused.stderr
+    refused = call_graph(files, "--out", out, target="w5", transcoders=str(files / "saes"))
+    assert refused.exit_code == 2
+    assert "is of attention" in " ".join(refused.stderr.split())
 
 
 def test_version_and_help() -> None:

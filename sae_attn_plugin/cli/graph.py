@@ -12,6 +12,7 @@ import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import (
     Backend,
     Dtype,
+    Through,
     check_device,
     check_limits,
     parse_target,
@@ -28,6 +29,18 @@ def graph(
         str, typer.Option(help="A folder with attention-z SAEs, or a sae_lens release.")
     ],
     prompt: Annotated[str, typer.Option(help="The text to explain.")],
+    transcoders: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder with transcoders or SAEs on hook_mlp_out, or a sae_lens release."
+        ),
+    ] = None,
+    mlp: Annotated[
+        Through, typer.Option(help="Whether MLPs without a transcoder get in-edges.")
+    ] = Through.terminal,
+    heads: Annotated[
+        Through, typer.Option(help="Whether heads of layers without an SAE get in-edges.")
+    ] = Through.terminal,
     target: Annotated[
         str | None,
         typer.Option(
@@ -84,11 +97,24 @@ def graph(
         # A release shows bars of its own while it downloads.
         with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():
             dictionaries = sap.load_saes(saes, device=device)
+        of_mlps = None
+        if transcoders is not None:
+            local = Path(transcoders).is_dir()
+            with screen.busy(f"loading {transcoders}") if local else contextlib.nullcontext():
+                of_mlps = sap.load_saes(transcoders, device=device)
         with screen.busy("checking the model"):
-            lens = sap.FeatureLens(loaded, dictionaries, prepend_bos=prepend_bos)
+            lens = sap.FeatureLens(
+                loaded, dictionaries, transcoders=of_mlps, prepend_bos=prepend_bos
+            )
         with screen.busy("running the prompt"):
             run = lens.run(prompt)
-        attribution = run.attribute(wanted, node_budget=node_budget, progress=screen.live)
+        attribution = run.attribute(
+            wanted,
+            mlp=mlp.value,
+            heads=heads.value,
+            node_budget=node_budget,
+            progress=screen.live,
+        )
         with screen.busy("pruning"):
             pruned = attribution.prune(nodes, edges, max_nodes)
             result = with_pruning(pruned.to_networkx(), nodes, edges, max_nodes)

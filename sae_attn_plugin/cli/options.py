@@ -32,6 +32,11 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Through(str, Enum):
+    terminal = "terminal"
+    linearise = "linearise"
+
+
 def parse_token(text: str) -> str | int:
     """``#5335`` is a token id, anything else the token itself."""
     return int(text[1:]) if re.fullmatch(r"#\d+", text) else text
