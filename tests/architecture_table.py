@@ -13,7 +13,7 @@ import sae_attn_plugin as sap
 
 HOSTS_PAGE = Path(__file__).parents[1] / "docs" / "hosts.md"
 _START, _END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->\n"
-_NAMES = {
+ARCHITECTURE_NAMES = {
     "gpt2": "GPT-2",
     "gpt_neox": "GPT-NeoX (Pythia), parallel blocks",
     "gpt_neox_sequential": "GPT-NeoX, sequential blocks",
@@ -49,7 +49,7 @@ def with_table(text: str) -> str:
 
     head = "| architecture | `model_type` | `HookedTransformer` | `TransformerBridge` | nnsight |\n"
     rows = [
-        f"| {_NAMES[name]} | `{recipe.config.model_type}` | "
+        f"| {ARCHITECTURE_NAMES[name]} | `{recipe.config.model_type}` | "
         + " | ".join(cell(name, host) for host in HOSTS)
         + " |\n"
         for name, recipe in RECIPES.items()
