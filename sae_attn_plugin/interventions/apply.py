@@ -1038,7 +1038,8 @@ def what_it_reads(
     """
     layer = dictionary.layer
     if dictionary.reads in ("resid_pre", "resid_mid"):
-        return sum(values[site] for site in _sites_of_stream(dictionary, lens.backend.geometry))
+        sites = _sites_of_stream(dictionary, lens.backend.geometry)
+        return torch.stack([values[site] for site in sites]).sum(0)
     weights = lens.backend.layer_weights(layer)
     if dictionary.reads == "z":
         return values[Site("z", layer)]
