@@ -125,6 +125,10 @@ class Dictionary:
     W_skip: Float[Tensor, "d_in d_out"] | None = None
     source: Any = field(default=None, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What travels to a remote model is plain data: no object of sae_lens.
+        return {**self.__dict__, "source": None}
+
     @property
     def kind(self) -> FeatureKind:
         """Of its features' nodes."""
