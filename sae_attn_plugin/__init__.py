@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.nodes import Direction, Feature, HeadScore, Logit, LogitDiff, Node
     from sae_attn_plugin.pretrained import releases
     from sae_attn_plugin.registration import register, register_release
+    from sae_attn_plugin.reproduction import Reproduction, reproduce
     from sae_attn_plugin.saes import AttentionSAE
     from sae_attn_plugin.splicing import splice
     from sae_attn_plugin.studies.qk import QKVariance, qk_variance
@@ -115,6 +116,7 @@ _PUBLIC = {
     "EdgeExplanation": "attribution.explain",
     "QKAttribution": "attribution.qk",
     "QKVariance": "studies.qk",
+    "Reproduction": "reproduction",
     "Run": "lens",
     "SaeAttnError": "errors",
     "ScaleFeature": "interventions.edits",
@@ -148,6 +150,7 @@ _PUBLIC = {
     "register": "registration",
     "register_release": "registration",
     "releases": "pretrained",
+    "reproduce": "reproduction",
     "register_architecture": "backends.architectures",
     "show": "graphs.html",
     "splice": "splicing",
@@ -225,6 +228,8 @@ __all__ = [  # noqa: RUF022 - the front door first
     "graphs_equal",
     "aggregate_graphs",
     "graph_ledger",
+    "reproduce",
+    "Reproduction",
     "register",
     "register_release",
     "Architecture",

@@ -29,6 +29,7 @@ from sae_attn_plugin.backends.protocol import Geometry
 from sae_attn_plugin.errors import FileError, InputError, UnsupportedError
 from sae_attn_plugin.heads import join, only_head
 from sae_attn_plugin.nodes import FeatureKind
+from sae_attn_plugin.registration import DEMO_RELEASE
 
 __all__ = ["Dictionary", "head_attribution", "load_saes", "place", "place_mlp", "place_residual"]
 
@@ -730,7 +731,7 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         for folder in folders:
             with _explain(f"the SAE in {folder}"):
                 sae = _with_density(SAE.load_from_disk(folder, device=device), folder)
-            found[folder.name] = _with_heads(sae)
+            found[folder.name] = _from(_with_heads(sae), _known_as(path))
         return found
     directory = get_pretrained_saes_directory()
     if str(source) not in directory:
@@ -745,8 +746,22 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
             )
         if density is not None:
             sae.sparsity = density
-        loaded[sae_id] = _with_heads(sae, str(source))
+        loaded[sae_id] = _from(_with_heads(sae, str(source)), str(source))
     return loaded
+
+
+def _from(sae: Any, source: str) -> Any:
+    """An SAE that knows where it was loaded from; its configuration stays as it is."""
+    sae.sae_attn_source = source
+    return sae
+
+
+def _known_as(folder: Path) -> str:
+    """A folder as it was given; those in the package by name, wherever the package is."""
+    from sae_attn_plugin import demo
+
+    inside = {demo.SAES_PATH: "", demo.TRANSCODERS_PATH: "/transcoders"}
+    return f"{DEMO_RELEASE}{inside[folder]}" if folder in inside else str(folder)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
 from importlib import metadata
@@ -55,6 +56,7 @@ from sae_attn_plugin.dictionaries import (
     place_residual,
 )
 from sae_attn_plugin.errors import InputError, UnsupportedError
+from sae_attn_plugin.fingerprints import fingerprint, model_fingerprint, source_of
 from sae_attn_plugin.graphs.aligned import AlignedAttribution, Aligner
 from sae_attn_plugin.heads import fit
 from sae_attn_plugin.interventions import apply, datasets
@@ -221,12 +223,27 @@ class FeatureLens:
             "revision": self.backend.revision,
             "backend": self.backend.host,
             "dtype": str(g.dtype).removeprefix("torch."),
+            "device": g.device.type,
             "saes": {str(layer): d.sae_id for layer, d in self.dictionaries.items()},
             "transcoders": {str(layer): d.sae_id for layer, d in self.transcoders.items()},
             "residual_saes": {
                 f"{kind}:{layer}": d.sae_id for (kind, layer), d in self.residual_saes.items()
             },
+            "sources": {
+                "saes": source_of(self.dictionaries.values()),
+                "transcoders": source_of(self.transcoders.values()),
+            },
+            "fingerprints": self._fingerprints,
             "versions": _versions(),
+        }
+
+    @functools.cached_property
+    def _fingerprints(self) -> Mapping[str, Any]:
+        """Of the weights, the same on every host."""
+        return {
+            "model": model_fingerprint(self.backend),
+            "saes": {str(i): fingerprint(vars(d)) for i, d in self.dictionaries.items()},
+            "transcoders": {str(i): fingerprint(vars(d)) for i, d in self.transcoders.items()},
         }
 
     def to_tokens(self, prompt: str | Sequence[Any] | Tensor) -> Int[Tensor, "batch position"]:
@@ -651,7 +668,7 @@ class Run:
                 with the number of layers done and of all instead; what it raises passes through.
         """
         for name, value in (("node_budget", node_budget), ("edges_per_target", edges_per_target)):
-            if value is not None and value < (name == "edges_per_target"):
+            if value is not None and as_index(value, name) < (name == "edges_per_target"):
                 raise InputError(f"{name}={value} is out of range")
         for name, value, known in (
             ("mlp", mlp, ("terminal", "linearise")),
@@ -660,6 +677,10 @@ class Run:
         ):
             if value not in known:
                 raise InputError(f"{name}={value!r}; known: {', '.join(map(repr, known))}")
+        if as_index(memory_budget, "memory_budget") < 1:
+            raise InputError(f"memory_budget={memory_budget}: expected a number of bytes")
+        if edges_per_target is not None:
+            edges_per_target = int(as_index(edges_per_target, "edges_per_target"))  # no bool
         self._one  # noqa: B018 - refuses several prompts
         at = self._resolve_expand(expand)
         mask = np.zeros(self.tokens.shape[1], dtype=bool)
@@ -670,11 +691,16 @@ class Run:
             targets: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
             shares = [1 / max(len(targets), 1)] * len(targets)
         if weights is not None:
-            shares = [float(weight) for weight in weights]
-            if len(shares) != len(targets) or min(shares, default=0) < 0 or sum(shares) <= 0:
+            try:
+                shares = [float(weight) for weight in weights]
+            except (TypeError, ValueError):
+                shares = []
+            # Also false of NaN, and of infinity.
+            sound = all(0 <= share < math.inf for share in shares) and sum(shares) > 0
+            if len(shares) != len(targets) or not sound or sum(shares) == math.inf:
                 raise InputError(
-                    f"weights={list(weights)}: expected {len(targets)} numbers, one for each "
-                    "target, none negative"
+                    f"weights={weights!r}: expected {len(targets)} numbers, one for each target, "
+                    "none negative"
                 )
             shares = [share / sum(shares) for share in shares]
         if not targets:
@@ -726,6 +752,7 @@ class Run:
                 "residual": residual,
                 "node_budget": node_budget,
                 "edges_per_target": edges_per_target,
+                **_directions(targets, nodes),
             },
             head_split=functools.partial(edges_by_head, self.frozen, writers),
             qk=self.qk,
@@ -1055,6 +1082,8 @@ class Run:
         about = dict(self.lens.provenance)
         versions = about.pop("versions")
         about |= {"prompt": self.prompts[0], "token_ids": self.tokens[0].tolist()}
+        if self.prompts[0] is not None:
+            about["prepend_bos"] = self.lens.prepend_bos
         return about | {"versions": versions}
 
 
@@ -1107,6 +1136,16 @@ def _token_rows(dataset: Dataset, members: Sequence[int] | None = None) -> list[
     chosen = range(len(dataset)) if members is None else members
     lengths = dataset.lengths.tolist()
     return [dataset.tokens[i, : lengths[i]].tolist() for i in chosen]
+
+
+def _directions(targets: Sequence[Target], nodes: Sequence[Node]) -> dict[str, Any]:
+    """Vectors of targets, which their names do not tell."""
+    vectors = {
+        str(node): target.vector.tolist()
+        for target, node in zip(targets, nodes, strict=True)
+        if isinstance(target, Direction)
+    }
+    return {"directions": vectors} if vectors else {}
 
 
 def _measured(reader: StreamReader, value: float) -> StreamReader:

@@ -63,7 +63,7 @@ def encode_prompt(tokenizer: Any, prompt: str, prepend_bos: bool) -> list[int]:
     if not prompt:
         raise InputError("the prompt is empty; expected at least one token")
     tokenizer = need_tokenizer(tokenizer)
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    ids = _ids(tokenizer, prompt)
     unknown = tokenizer.unk_token_id
     # Some tokenizers use one special token for everything; unknown words then cannot be told.
     if unknown is not None and unknown in ids and unknown != tokenizer.bos_token_id:
@@ -84,6 +84,13 @@ def encode_prompt(tokenizer: Any, prompt: str, prepend_bos: bool) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{text!r} holds half a character, {text[error.start]!r}, which no tokenizer can read; "
+            "expected text that UTF-8 can encode"
+        ) from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

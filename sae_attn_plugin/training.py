@@ -577,12 +577,28 @@ def _finish(trainer: SAETrainer[Any, Any], out: Path) -> Path:
     try:
         sae.save_inference_model(draft)
         save_file({"sparsity": trainer.log_feature_sparsity}, draft / SPARSITY_FILENAME)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.replace(target)
+        _replace_folder(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put a finished folder in the place of another, which comes back if that fails."""
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    moved = False
+    try:
+        if target.exists():
+            target.replace(old)
+            moved = True
+        new.replace(target)
+    except BaseException:  # Ctrl-C too
+        if moved and not target.exists():
+            old.replace(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # Activations on disk ----------------------------------------------------------------------------

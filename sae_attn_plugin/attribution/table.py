@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from sae_attn_plugin.attribution.rdfa import Block, Flow, Loose, row_sums
 from sae_attn_plugin.attribution.writers import KINDS, WriterTable
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.nodes import FEATURE_KINDS, Node
+from sae_attn_plugin.tokens import as_index
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -295,9 +297,9 @@ class Attribution:
             max_nodes: at most this many nodes, targets not counted.
         """
         for name, value in (("nodes", nodes), ("edges", edges)):
-            if not 0 < value <= 1:
-                raise InputError(f"prune({name}={value}): expected a share in (0, 1]")
-        if max_nodes is not None and max_nodes < 1:
+            if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+                raise InputError(f"prune({name}={value!r}): expected a share in (0, 1]")
+        if max_nodes is not None and as_index(max_nodes, "prune(max_nodes)") < 1:
             raise InputError(f"prune(max_nodes={max_nodes}): expected at least 1")
         flow = self.flow
         is_root = np.zeros(len(flow.influence), dtype=bool)
@@ -320,7 +322,12 @@ class Attribution:
                 break
             keep[np.flatnonzero(keep)[~still]] = False
             row, source, target = row[still], source[still], target[still]
-        return replace(self, flow=_subset(inner, keep, alive | is_root))
+        step = {"nodes": nodes, "edges": edges, "max_nodes": max_nodes}
+        about = dict(self.provenance)
+        if "pruning" in about:  # once more
+            about["pruned_before"] = [*about.get("pruned_before", []), about["pruning"]]
+        about["pruning"] = step
+        return replace(self, flow=_subset(inner, keep, alive | is_root), provenance=about)
 
     # -- graphs ----------------------------------------------------------------------------------
 

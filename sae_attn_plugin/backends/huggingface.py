@@ -6,7 +6,6 @@ versions. Reads and writes follow the order of execution, as a trace demands.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -35,6 +34,7 @@ from sae_attn_plugin.backends.protocol import (
     Norm,
     Site,
     check_editable,
+    lock_of,
     self_check,
 )
 from sae_attn_plugin.backends.scores import ScoreWeights, read_scores, score_modules
@@ -76,8 +76,7 @@ class HuggingFaceBackend:
         self._architecture = find_architecture(self.model.config.model_type)
         check_modules(self.model, self._architecture)
         self.geometry = read_geometry(self.model, self._architecture)
-        # nnsight's tracing is bound to the thread that started it.
-        self._lock = threading.Lock()
+        self._lock = lock_of(self.model)
         self._source: WeightSource | None = None
         if remote:
             # The model here may hold no weights at all.

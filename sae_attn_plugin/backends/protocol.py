@@ -7,6 +7,8 @@ reads and edits named sites. Everything else is shared. Adding a host means writ
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -319,7 +321,56 @@ def capture(
         site: value.expand(len(tokens), *value.shape[1:]).to(backend.geometry.device)
         for site, value in found.items()
     }
+    _check_finite(backend, values)
     return Capture(tokens, values)
+
+
+_ORDER = (
+    "resid_pre", "attn_in", "v", "pattern", "z", "attn_out", "mlp_in", "mlp_raw", "mlp_out",
+)  # fmt: skip
+
+
+def _check_finite(backend: Backend, values: Mapping[Site, Tensor]) -> None:
+    """Refuse NaN and infinity, naming the first site in the order of execution that holds them."""
+    wrong = [site for site, value in values.items() if not torch.isfinite(value).all()]
+    if not wrong:
+        return
+
+    def when(site: Site) -> tuple[int, int]:
+        if site.name in _ORDER:
+            return site.layer, _ORDER.index(site.name)
+        return (-1, 0) if site.name in ("embed", "pos_embed") else (backend.geometry.n_layers, 0)
+
+    first = min(wrong, key=when)
+    where = "" if first.name not in _ORDER else f" of layer {first.layer}"
+    model = getattr(backend, "model", None)
+    named = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+    names = [name for name, p in named if not p.is_meta and not torch.isfinite(p).all()]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    reason = (
+        f"so do its parameters {', '.join(names[:5])}{more}; load sound weights"
+        if names
+        else f"its parameters are finite, so the values overflow {backend.geometry.dtype}; load "
+        "the model in a wider dtype"
+    )
+    raise BackendError(
+        f"{_who(backend)}: {first.name}{where} holds NaN or infinity, and nothing before it; "
+        f"{reason}"
+    )
+
+
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()  # pyright: ignore[reportInvalidTypeForm]
+_LOCKS_LOCK = threading.Lock()
+
+
+def lock_of(model: Any) -> Any:
+    """The lock that every forward pass with hooks on a model holds.
+
+    Hooks sit on the model, which threads and lenses share: without it one would read the values of
+    another.
+    """
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def uncapped_logits(

@@ -24,6 +24,7 @@ from sae_attn_plugin.backends.protocol import (
     Norm,
     Site,
     check_editable,
+    lock_of,
     self_check,
 )
 from sae_attn_plugin.backends.scores import (
@@ -352,6 +353,12 @@ class TransformerLensBackend:
         tokens: Tensor,
         edits: Mapping[Site, Edit] | None = None,
         reads: Iterable[Site] = (),
+    ) -> dict[Site, Tensor]:
+        with lock_of(self.model):
+            return self._forward(tokens, edits, reads)
+
+    def _forward(
+        self, tokens: Tensor, edits: Mapping[Site, Edit] | None, reads: Iterable[Site]
     ) -> dict[Site, Tensor]:
         edits = dict(edits or {})
         wanted = set(reads) | set(edits)

@@ -17,6 +17,7 @@ from sae_attn_plugin.cli.explore import explore
 from sae_attn_plugin.cli.export import export
 from sae_attn_plugin.cli.graph import graph
 from sae_attn_plugin.cli.releases import releases
+from sae_attn_plugin.cli.reproduce import reproduce
 from sae_attn_plugin.cli.study import study
 from sae_attn_plugin.cli.train import train
 
@@ -55,5 +56,5 @@ def _options(
     pass
 
 
-for _command in (demo, graph, explore, export, train, evaluate, study, releases):
+for _command in (demo, graph, explore, export, train, evaluate, study, releases, reproduce):
     app.command()(_command)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sae_attn_plugin.nodes import Target
 
-_FEATURE = re.compile(r"attn:(\d+):(\d+)@(-?\d+)")
+_FEATURE = re.compile(r"attn:(\d{1,18}):(\d{1,18})@(-?\d{1,18})")
 
 
 class Backend(str, Enum):
@@ -39,7 +39,7 @@ class Through(str, Enum):
 
 def parse_token(text: str) -> str | int:
     """``#5335`` is a token id, anything else the token itself."""
-    return int(text[1:]) if re.fullmatch(r"#\d+", text) else text
+    return int(text[1:]) if re.fullmatch(r"#\d{1,18}", text) else text
 
 
 def parse_target(target: str | None, wrong: str | None, position: int | None) -> Target | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -24,6 +24,12 @@ __all__ = ["load", "save"]
 FORMAT = "sae-attn-graph"
 VERSION = 1
 _RESERVED = {"node": {"id"}, "edge": {"source", "target", "key"}}
+# What this package computes with, where it is there.
+_NUMBERS = (
+    "activation", "pre_activation", "constant", "pruned_in", "internal", "influence",
+    "probability",
+)  # fmt: skip
+_TEXTS = ("token", "label", "neuronpedia")
 
 
 def save(
@@ -218,6 +224,8 @@ def _read_json(data: bytes) -> nx.DiGraph:
         raise Damaged(
             f"not valid JSON, or cut short: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise Damaged(f"not a number that can be read: {error}") from error
     except RecursionError:
         raise Damaged("nested too deeply") from None
     if isinstance(document, dict) and document.keys() >= {"metadata", "qParams", "links"}:
@@ -314,8 +322,9 @@ def _check_graph(graph: nx.DiGraph) -> None:
         except InputError as error:
             raise Damaged(str(error)) from None
         for field in ("kind", "layer", "position", "feature", "head"):
-            if field in attributes and attributes[field] != getattr(node, field):
+            if field in attributes and not _same(attributes[field], getattr(node, field)):
                 raise Damaged(f"the node {name!r} has {field} {attributes[field]!r}")
+        _check_values(f"the node {name!r}", attributes, _NUMBERS, _TEXTS)
     edges: Any = graph.edges  # called with keys only where the graph has them
     keys = {"keys": True} if graph.is_multigraph() else {}
     for source, target, *key, attributes in edges(data=True, **keys):
@@ -323,8 +332,38 @@ def _check_graph(graph: nx.DiGraph) -> None:
         if key and not isinstance(key[0], str | int):
             raise Damaged(f"{where} has the key {key[0]!r}; expected a string or a number")
         _check_names("edge", where, attributes)
-        if not isinstance(attributes.get("weight"), numbers.Real):
+        if not _is_number(attributes.get("weight")):
             raise Damaged(f"{where} has no weight")
+        _check_values(where, attributes, ("share",), ())
+    for field in ("tokens", "targets"):
+        found = graph.graph.get(field, [])
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise Damaged(f"its {field} are no list of strings")
+
+
+def _same(found: Any, expected: Any) -> bool:
+    return found == expected and isinstance(found, str | bool) == isinstance(expected, str | bool)
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+    return True
+
+
+def _check_values(
+    where: str, attributes: Mapping[str, Any], numeric: Sequence[str], texts: Sequence[str]
+) -> None:
+    for field in numeric:
+        if field in attributes and not _is_number(attributes[field]):
+            raise Damaged(f"{where} has {field} {attributes[field]!r}; expected a number")
+    for field in texts:
+        if field in attributes and not isinstance(attributes[field], str):
+            raise Damaged(f"{where} has {field} {attributes[field]!r}; expected a string")
 
 
 def _check_names(what: str, where: str, attributes: Mapping[Any, Any]) -> None:

@@ -38,6 +38,8 @@ def graph_ledger(graph: nx.DiGraph) -> pd.DataFrame:
             continue
         weights = [weight for *_, weight in graph.in_edges(node, data="weight")]
         terms = [attributes.get(term, 0.0) for term in TERMS]
+        if "pre_activation" not in attributes:
+            raise InputError(f"the node {node!r} has a constant but no pre_activation to add up to")
         value = attributes["pre_activation"]
         residual = value - math.fsum([*weights, *terms])
         size = math.fsum(map(abs, [*weights, *terms]))

@@ -96,9 +96,11 @@ def load_study(path: str | Path) -> Study:
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise FileError(f"{path} is no study; expected JSON with format {_FORMAT!r}")
     try:
+        if not isinstance(document["name"], str) or not isinstance(document["settings"], dict):
+            raise TypeError("its name or its settings are of another type")
         tables = {
             name: pd.DataFrame(
-                [[float("nan") if v is None else v for v in row] for row in part["rows"]],
+                [_cells(row, len(part["columns"])) for row in part["rows"]],
                 columns=list(part["columns"]),
             ).astype(part["columns"])
             for name, part in document["tables"].items()
@@ -106,6 +108,12 @@ def load_study(path: str | Path) -> Study:
         return Study(document["name"], document["settings"], tables)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _cells(row: list[Any], width: int) -> list[Any]:
+    if len(row) != width:
+        raise ValueError(f"a row of {len(row)} cells, expected {width}")
+    return [float("nan") if cell is None else cell for cell in row]
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,145 @@
+"""The same again: files byte for byte, and graphs from what their files say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import random_saes, tiny_gpt2, word_tokenizer
+from typer.testing import CliRunner
+
+import sae_attn_plugin as sap
+from sae_attn_plugin import cli
+
+PROMPT = "w3 w4 w5 w3 w4 w9"
+_SCRIPT = """
+import sys
+import pandas as pd
+import sae_attn_plugin as sap
+from sae_attn_plugin.studies.result import Study
+lens = sap.demo.load()
+run = lens.run(sap.demo.ioi_prompt())
+att = run.attribute(sap.LogitDiff(" Mary", " John"), node_budget=40)
+graph = att.prune(max_nodes=20).to_networkx()
+for ending in ("json", "graphml", "gexf", "safetensors"):
+    sap.save(graph, f"g.{ending}")
+sap.save(att, "att.safetensors")
+sap.draw(graph, "g.png")
+sap.page(run, graph).save("g.html")
+Study("quality", dict(lens.provenance), {"main": run.features()}).save("study.json")
+"""
+
+
+def test_the_same_files_byte_for_byte(tmp_path: Path) -> None:
+    files = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run(
+            [sys.executable, "-c", _SCRIPT], cwd=folder, env=environment, check=True, timeout=300
+        )
+        files.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    assert len(files[0]) == 8
+    assert files[0].keys() == files[1].keys()
+    assert [name for name in files[0] if files[0][name] != files[1][name]] == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its SAEs and a graph made with them."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    model = tiny_gpt2()
+    model.save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    for layer, sae in enumerate(random_saes(model)):
+        sae.save_model(folder / "saes" / f"blocks.{layer}.attn.hook_z")
+    lens = sap.FeatureLens(sap.load_model(folder / "model"), str(folder / "saes"))
+    run = lens.run(PROMPT)
+    sap.save(run.graph([sap.Logit("w7"), sap.Feature(2, 3, -1)]), folder / "graph.json")
+    direction = sap.Direction(lens.backend.unembed()[0][:, 5] + 0.1, name="a way")
+    att = run.attribute([direction, sap.LogitDiff("w7", "w9")], weights=[1, 3])
+    sap.save(att.prune(0.9).prune(0.8, max_nodes=9), folder / "other.safetensors")
+    sap.save(att.to_networkx(by="head"), folder / "heads.json")
+    return folder
+
+
+def call(*arguments: object) -> Any:
+    result = CliRunner().invoke(cli.app, ["reproduce", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.parametrize("name", ["graph.json", "other.safetensors", "heads.json"])
+def test_a_file_tells_all_that_is_needed(folder: Path, name: str, tmp_path: Path) -> None:
+    result = call(folder / name, "--out", tmp_path / "again.json")
+    assert result.exit_code == 0, result.output
+    assert "Same" in result.output
+    assert "Made as it was" in result.output
+    again, given = sap.load(tmp_path / "again.json"), sap.load(folder / name)
+    given = given if hasattr(given, "graph") else given.to_networkx()
+    assert sap.graphs_equal(again, given, 1e-6)
+    assert again.number_of_edges() == given.number_of_edges()
+
+
+def test_another_host_gives_the_same_and_says_so(folder: Path) -> None:
+    result = call(folder / "graph.json", "--backend", "nnsight")
+    assert result.exit_code == 0, result.output
+    assert "backend: hooked_transformer in the file, nnsight here" in result.output
+    assert "fingerprints" not in result.output
+
+
+def test_other_weights_give_another_graph(folder: Path, tmp_path: Path) -> None:
+    for layer, sae in enumerate(random_saes(tiny_gpt2(), seed=5)):
+        sae.save_model(tmp_path / "saes" / f"blocks.{layer}.attn.hook_z")
+    result = call(folder / "graph.json", "--saes", tmp_path / "saes")
+    assert result.exit_code == 1, result.output
+    assert "Different" in result.output
+    assert "fingerprints of saes 0" in result.output
+
+
+def _changed(folder: Path, path: Path, **changes: Any) -> Path:
+    document = json.loads((folder / "graph.json").read_text())
+    for name, value in changes.items():
+        document["graph"].pop(name, None)
+        if value is not None:
+            document["graph"][name] = value
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": None}, "does not say its token_ids"),
+        ({"model": None}, "does not say its model"),
+        ({"model": "./nowhere"}, "cannot be loaded from here; pass --model"),
+        ({"sources": None}, "pass --saes, a folder or a sae_lens release"),
+        ({"sources": {"saes": "./nowhere"}}, "cannot be loaded from here; pass --saes"),
+        ({"backend": "abacus"}, "none of hooked_transformer"),
+        ({"dtype": "int3"}, "dtype is 'int3'"),
+        ({"saes": {"0": "other"}}, "saes of layer 0"),
+        ({"pruning": [1]}, "pruning is"),
+        ({"aggregate_of": []}, "not in one run"),
+    ],
+)
+def test_what_a_file_lacks_is_said(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    result = call(_changed(folder, tmp_path / "g.json", **changes))
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+def test_other_versions_are_named(folder: Path, tmp_path: Path) -> None:
+    path = _changed(folder, tmp_path / "g.json", versions={"torch": "1.0"}, prompt="w3 w4")
+    result = call(path)
+    assert result.exit_code == 0, result.output
+    assert "versions of torch: 1.0 in the file" in result.output
+    assert "prompt: [" in result.output
