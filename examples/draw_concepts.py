@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -39,7 +40,8 @@ def token(run: sap.Run, position: int) -> str:
 def writer(run: sap.Run, att: sap.Attribution) -> Figure:
     """Which writers the stream at one position consists of, as shares of one reading."""
     found = edges_into(att, TARGET)
-    here = found[found.position == 9].sort_values("weight", key=abs, ascending=False)
+    here: Any = found[found.position == 9]
+    here = here.sort_values("weight", key=abs, ascending=False)
     top, rest = here.head(8), here.iloc[8:]
     names = [*top.source, f"{len(rest)} others"]
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -52,6 +54,8 @@ def writer(run: sap.Run, att: sap.Attribution) -> Figure:
 def reader(run: sap.Run) -> Figure:
     """Where one feature reads: by head and source position."""
     node = sap.Node.parse(TARGET)
+    assert node.layer is not None
+    assert node.feature is not None
     dfa = run.dfa(node.layer, node.feature, node.position)
     values = dfa.by_head_and_source.numpy()
     figure = Figure(figsize=(8, 3.6), layout="constrained")

@@ -34,6 +34,8 @@ print(validation)
 
 # %% And with everything live, the most influential feature removed
 node = sap.Node.parse(att.nodes.query("kind == 'attn'").influence.idxmax())
+assert node.layer is not None
+assert node.feature is not None
 result = lens.intervene(run, [sap.AblateFeature(node.layer, node.feature, node.position)])
 print(node, "removed: logit difference changes by", float(result.effect(target)))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -24,9 +25,9 @@ def main() -> None:
     figure = Figure(figsize=(3.4 * len(SIZES), 3.2), layout="constrained")
     axes = figure.subplots(1, len(SIZES), sharey=True)
     for ax, sizes in zip(axes, SIZES, strict=True):
-        table = recovery(NOISES, range(args.seeds), parents=2, **sizes)
+        table = recovery(NOISES, range(args.seeds), parents=2, **sizes)  # pyright: ignore[reportArgumentType]
         by_noise = table.groupby("noise")
-        mean = by_noise[["precision", "recall"]].mean()
+        mean: Any = by_noise[["precision", "recall"]].mean()
         name = ", ".join(f"{key} {value}" for key, value in sizes.items())
         print(f"\n{name}: {table['edges'].mean():.0f} edges on average")
         print(mean.round(3).to_string())

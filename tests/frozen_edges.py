@@ -49,7 +49,7 @@ def _stories_saes() -> list[Any]:
 def graph_of(model: str, host: str) -> tuple[Any, sap.FeatureLens]:
     """A graph of some hundreds of edges in float32, with its lens."""
     if model == "demo":
-        lens = sap.demo.load(backend=host)
+        lens = sap.demo.load(backend=host)  # pyright: ignore[reportArgumentType]
         run = lens.run(sap.demo.ioi_prompt())
         return run.graph(sap.LogitDiff(" Mary", " John"), **_PRUNING), lens
     if model == "stories260K":

@@ -144,10 +144,11 @@ def test_feature_edits_by_hand(name: str, what: str, of_mlps: str, host: str) ->
         size = float(edge["weight"].abs().sum())
         weight = float(row["weight"].iloc[0])
         everything = ["patterns", "norms", "mlp", "attention"]
+        which: Any = kind
         for edit, share in (
-            (sap.AblateFeature(layer, feature, 5, kind=kind), -1.0),
-            (sap.ScaleFeature(layer, feature, 5, 3.0, kind=kind), 2.0),
-            (sap.Steer(layer, feature, 5, 0.5 * active, kind=kind), 0.5),
+            (sap.AblateFeature(layer, feature, 5, kind=which), -1.0),
+            (sap.ScaleFeature(layer, feature, 5, 3.0, kind=which), 2.0),
+            (sap.Steer(layer, feature, 5, 0.5 * active, kind=which), 0.5),
         ):
             effect = lens.intervene(run[0], [edit], everything).effect(sap.Logit(9, 5))
             assert float(effect) == pytest.approx(share * weight, rel=0, abs=2e-5 * size), edit
@@ -158,7 +159,7 @@ def test_feature_edits_by_hand(name: str, what: str, of_mlps: str, host: str) ->
             assert at["edited"] == pytest.approx((1 + share) * active, rel=1e-4, abs=1e-5)
         patched = lens.intervene(
             run,
-            [sap.AblateError(layer, 4, kind=kind, to=sap.From("other"))],
+            [sap.AblateError(layer, 4, kind=which, to=sap.From("other"))],
             sources={"other": other},
         )
         assert not torch.allclose(patched.logits, run.logits, atol=1e-5)

@@ -41,7 +41,7 @@ def examples(n: int) -> Any:
         derandomize=not LONGER,
         database=None,
         deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
         print_blob=True,
     )
 

@@ -95,7 +95,7 @@ def test_one_token_is_enough_for_the_induction_circuit_known_on_paper() -> None:
     lens = sap.demo.circuits.induction().lens()
     bos, a, b, c = range(4)
     rows = torch.tensor([[bos, a, b, c, a, b], [bos, c, a, b, c, a]])
-    cut = set()
+    cut, found = set(), {}
     for seed in range(8):
         found = _in_text(lens, [(1, 0)], rows, torch.arange(4), bos, 0.3, seed)
         assert found["clean"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
