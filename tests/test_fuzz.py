@@ -201,17 +201,18 @@ def test_questions(data: st.DataObject) -> None:
         if pruned is not None:
             assert pruned.worst_residual <= 1e-5
     else:
-        edit = data.draw(
+        number = st.one_of(st.floats(), anything)
+        kind, arguments = data.draw(
             st.one_of(
-                st.builds(sap.AblateFeature, index, index, index),
-                st.builds(sap.SetFeature, index, index, index, st.one_of(st.floats(), anything)),
-                st.builds(sap.ScaleFeature, index, index, index, st.one_of(st.floats(), anything)),
-                st.builds(sap.AblateError, index, index),
-                st.builds(sap.AblateHead, index, index, index),
-                anything,
+                st.tuples(st.just(sap.AblateFeature), st.tuples(index, index, index)),
+                st.tuples(st.just(sap.SetFeature), st.tuples(index, index, index, number)),
+                st.tuples(st.just(sap.ScaleFeature), st.tuples(index, index, index, number)),
+                st.tuples(st.just(sap.AblateError), st.tuples(index, index)),
+                st.tuples(st.just(sap.AblateHead), st.tuples(index, index, index)),
+                st.tuples(st.just(lambda edit: edit), st.tuples(anything)),
             )
         )
-        result = outcome(lambda: run.lens.intervene(run, [edit]))
+        result = outcome(lambda: run.lens.intervene(run, [kind(*arguments)]))
         if result is not None:
             outcome(lambda: result.effect(sap.LogitDiff(5, 6)))
 

@@ -264,7 +264,7 @@ def test_the_slug_tells_graphs_apart() -> None:
         (lambda g: g.graph.update(tokens=["a"]), "is outside the prompt of 1 tokens"),
         (lambda g: g.graph.pop("model"), "pass scan="),
         (lambda g: g.add_node("embed@1", x=float("nan")), "Neuronpedia JSON: .* is nan"),
-        (lambda g: g.add_node("embed@1", activation="much"), "activation of embed@1 is 'much'"),
+        (lambda g: g.add_node("embed@1", activation="much"), "'embed@1' has activation 'much'"),
         (lambda g: g.add_node("nonsense"), "not a node id: 'nonsense'"),
     ],
 )
