@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -29,8 +30,12 @@ def lens_of(kind: str = "gpt2", host: str = "nnsight", **config: Any) -> Any:
     model = TINY[kind]()
     d_in = {"gpt2": 30, "llama": 48}[kind]
     saes = [random_sae(layer, d_in, **config) for layer in (0, 2)]
-    hosted = on_host(model, host, word_tokenizer())
-    return sap.FeatureLens(hosted, saes, tokenizer=word_tokenizer())
+    tokenizer = copy.deepcopy(word_tokenizer())
+    # nnsight turns it to the left in a tokenizer it is given; HookedTransformer, as run_evals calls
+    # it, then masks tokens that look like padding.
+    tokenizer.padding_side = "right"
+    hosted = on_host(model, host, tokenizer)
+    return sap.FeatureLens(hosted, saes, tokenizer=tokenizer)
 
 
 @cache
