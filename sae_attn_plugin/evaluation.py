@@ -7,6 +7,7 @@ densities of features are resampled as the data goes by, with Poisson(1) weights
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -603,6 +604,21 @@ def _run_evals(
     return found
 
 
+@contextlib.contextmanager
+def _padding_on_the_right(tokenizer: Any) -> Iterator[None]:
+    """HookedTransformer masks every token that looks like padding on its tokenizer's padding side,
+    and nnsight turns that to the left in a tokenizer it is given: no row here is padded."""
+    side = getattr(tokenizer, "padding_side", None)
+    if side is None:
+        yield
+        return
+    tokenizer.padding_side = "right"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+
+
 def _run_evals_on(
     model: Any,
     sae: Any,
@@ -636,21 +652,22 @@ def _run_evals_on(
     )
     reshapes = sae.hook_z_reshaping_mode
     try:
-        metrics, _ = run_evals(
-            sae,
-            store,
-            model,
-            ActivationScaler(),
-            EvalConfig(
-                batch_size_prompts=batch,
-                n_eval_reconstruction_batches=len(rows) // batch,
-                n_eval_sparsity_variance_batches=len(rows) // batch,
-                compute_ce_loss=True,
-                compute_sparsity_metrics=True,
-                compute_variance_metrics=True,
-            ),
-            exclude_special_tokens=list(excluded) or False,
-        )
+        with _padding_on_the_right(getattr(model, "tokenizer", None)):
+            metrics, _ = run_evals(
+                sae,
+                store,
+                model,
+                ActivationScaler(),
+                EvalConfig(
+                    batch_size_prompts=batch,
+                    n_eval_reconstruction_batches=len(rows) // batch,
+                    n_eval_sparsity_variance_batches=len(rows) // batch,
+                    compute_ce_loss=True,
+                    compute_sparsity_metrics=True,
+                    compute_variance_metrics=True,
+                ),
+                exclude_special_tokens=list(excluded) or False,
+            )
     finally:
         # An error inside leaves the SAE without its reshaping.
         if reshapes and not sae.hook_z_reshaping_mode:

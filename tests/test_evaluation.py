@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -30,18 +29,31 @@ def lens_of(kind: str = "gpt2", host: str = "nnsight", **config: Any) -> Any:
     model = TINY[kind]()
     d_in = {"gpt2": 30, "llama": 48}[kind]
     saes = [random_sae(layer, d_in, **config) for layer in (0, 2)]
-    tokenizer = copy.deepcopy(word_tokenizer())
-    # nnsight turns it to the left in a tokenizer it is given; HookedTransformer, as run_evals calls
-    # it, then masks tokens that look like padding.
-    tokenizer.padding_side = "right"
-    hosted = on_host(model, host, tokenizer)
-    return sap.FeatureLens(hosted, saes, tokenizer=tokenizer)
+    hosted = on_host(model, host, word_tokenizer())
+    return sap.FeatureLens(hosted, saes, tokenizer=word_tokenizer())
 
 
 @cache
 def evaluated(kind: str, host: str) -> sap.Evaluation:
     options: dict[str, Any] = {"rows_at_once": 5, "resamples": 50, "progress": False}
     return sap.evaluate(lens_of(kind, host), ROWS, **options)
+
+
+def test_a_tokenizer_that_pads_on_the_left_hides_no_token_from_run_evals() -> None:
+    """Rows full of the padding token's id; HookedTransformer would mask it on that side."""
+    lens = lens_of("gpt2", "hooked_transformer")
+    tokenizer = lens.backend.model.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    rows = ROWS.clone()
+    rows[:, ::3] = tokenizer.pad_token_id
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        found = sap.evaluate(lens, rows, rows_at_once=5, resamples=20, progress=False)
+        assert tokenizer.padding_side == "left"
+    finally:
+        tokenizer.padding_side = side
+    both = found.table.dropna(subset="sae_lens")
+    assert len(both)
+    assert_agrees(both)
 
 
 def assert_agrees(both: Any) -> None:
