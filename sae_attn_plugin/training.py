@@ -32,10 +32,10 @@ from sae_attn_plugin.checkpoints import (
     save_state,
     under,
 )
+from sae_attn_plugin.corpus.rows import Rounds, StreamedRounds, row_stream
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.recipes import RECIPES, attention_z_config, recipe
 from sae_attn_plugin.registration import DEMO_MODEL_NAME
-from sae_attn_plugin.rows import Rounds, StreamedRounds, row_stream
 from sae_attn_plugin.tokens import check_ids, need_tokenizer, special_tokens
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def train(
         recipes: see :func:`recipe`. They must agree in everything but the layer and the SAE.
         model: what :func:`sap.hooked` takes; default: loaded by the recipe's ``model_name``.
         data: rows of token ids, or a function from the number of a round to its rows, or what
-            :func:`sae_attn_plugin.rows.row_stream` reads; default: the recipe's ``dataset_path``.
+            :func:`sae_attn_plugin.corpus.rows.row_stream` reads; default: the recipe's
+            ``dataset_path``.
         out: folder for the SAEs, one ``blocks.{layer}.attn.hook_z`` folder each.
         checkpoint: file to resume from where it exists, and to write every ``checkpoint_every``
             rounds. It is removed when training is done. A resumed run gives the same weights.

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import sae_attn_plugin as sap
 from sae_attn_plugin import cli
+from sae_attn_plugin.corpus.rows import Rounds, StreamedRounds, read_rows, row_stream, sample_rows
 from sae_attn_plugin.errors import FileError, InputError, UnsupportedError
-from sae_attn_plugin.rows import Rounds, StreamedRounds, read_rows, row_stream, sample_rows
 from sae_attn_plugin.training import recipe, train
 
 ROWS = torch.randint(2, 61, (40, 16), generator=torch.Generator().manual_seed(0))

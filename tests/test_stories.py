@@ -10,7 +10,7 @@ from helpers import STORIES
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.backends.loading import HOSTS
-from sae_attn_plugin.rows import sample_rows
+from sae_attn_plugin.corpus.rows import sample_rows
 from sae_attn_plugin.training import attention_z_config, recipe, train
 
 pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not at hand")

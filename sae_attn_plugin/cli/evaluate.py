@@ -74,7 +74,7 @@ def evaluate(
         screen.hush()
         import torch
 
-        from sae_attn_plugin.rows import read_rows
+        from sae_attn_plugin.corpus.rows import read_rows
 
         check_device(device)
         with screen.busy(f"loading {model}"):

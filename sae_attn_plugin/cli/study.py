@@ -180,7 +180,7 @@ def _windows(
     if sample is not None:
         return sampled(lens.backend, model, sample, context, seed, device)
     if data is not None:
-        from sae_attn_plugin.rows import read_rows
+        from sae_attn_plugin.corpus.rows import read_rows
 
         with_bos = lens.prepend_bos
         return read_rows(data, lens.tokenizer, context, prepend_bos=with_bos, limit=n)

@@ -43,7 +43,7 @@ def sampled(model: Any, name: str, n: int, context: int, seed: int, device: str)
     from transformers import PreTrainedModel
 
     from sae_attn_plugin.backends.loading import load_huggingface
-    from sae_attn_plugin.rows import sample_rows
+    from sae_attn_plugin.corpus.rows import sample_rows
 
     bare = getattr(model, "_module", model)
     if not isinstance(bare, PreTrainedModel):

@@ -1,0 +1,1 @@
+"""Corpora: rows of tokens, and what features do over all of them."""
