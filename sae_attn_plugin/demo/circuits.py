@@ -77,6 +77,17 @@ class Comparison:
     recall: float
     worst: float
 
+    @classmethod
+    def of(cls, found: _Edges, true: _Edges) -> Comparison:
+        """Weights found beside the true ones, by ``(source, target)``."""
+        both = found.keys() & true.keys()
+        errors = [abs(found[edge] / true[edge] - 1) for edge in both]
+        return cls(
+            precision=len(both) / max(len(found), 1),
+            recall=len(both) / len(true),
+            worst=max(errors, default=math.inf),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
@@ -150,29 +161,28 @@ class Circuit:
 
     def found(self, attribution: Attribution) -> dict[tuple[str, str], float]:
         """Edges of an attribution above ``THRESHOLD`` that lead to a target through such edges."""
-        frame = attribution.edges[attribution.edges["weight"].abs() > THRESHOLD]
-        into: dict[str, dict[str, float]] = {}
-        columns = (frame["source"], frame["target"], frame["weight"].tolist())
-        for source, target, weight in zip(*columns, strict=True):
-            into.setdefault(str(target), {})[str(source)] = weight
-        pending, edges = [str(node) for node in attribution.roots.values()], {}
-        while pending:
-            target = pending.pop()
-            for source, weight in into.pop(target, {}).items():
-                edges[source, target] = weight
-                pending.append(source)
-        return edges
+        chosen = attribution.edges["weight"].abs() > THRESHOLD
+        return reached(attribution, chosen)
 
     def compare(self, attribution: Attribution) -> Comparison:
         """The edges of an attribution beside the true ones."""
-        found = self.found(attribution)
-        both = found.keys() & self.edges.keys()
-        errors = [abs(found[edge] / self.edges[edge] - 1) for edge in both]
-        return Comparison(
-            precision=len(both) / max(len(found), 1),
-            recall=len(both) / len(self.edges),
-            worst=max(errors, default=math.inf),
-        )
+        return Comparison.of(self.found(attribution), self.edges)
+
+
+def reached(attribution: Attribution, chosen: pd.Series) -> dict[tuple[str, str], float]:
+    """Of the chosen edges, those that lead to a target through chosen edges."""
+    frame = attribution.edges[chosen]
+    into: dict[str, dict[str, float]] = {}
+    columns = (frame["source"], frame["target"], frame["weight"].tolist())
+    for source, target, weight in zip(*columns, strict=True):
+        into.setdefault(str(target), {})[str(source)] = weight
+    pending, edges = [str(node) for node in attribution.roots.values()], {}
+    while pending:
+        target = pending.pop()
+        for source, weight in into.pop(target, {}).items():
+            edges[source, target] = weight
+            pending.append(source)
+    return edges
 
 
 # -- the circuits --------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_attn_plugin.demo.circuits import Comparison
+from sae_attn_plugin.demo.circuits import Comparison, reached
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.nodes import Logit
 
@@ -81,29 +81,11 @@ class Planted:
         self, attribution: Attribution, least_share: float = LEAST_SHARE
     ) -> dict[tuple[str, str], float]:
         """Edges with at least this share of their target's |in-edges|, from the target down."""
-        frame = attribution.edges[attribution.edges["share"] >= least_share]
-        into: dict[str, dict[str, float]] = {}
-        columns = (frame["source"], frame["target"], frame["weight"].tolist())
-        for source, target, weight in zip(*columns, strict=True):
-            into.setdefault(str(target), {})[str(source)] = weight
-        pending, edges = [str(node) for node in attribution.roots.values()], {}
-        while pending:
-            target = pending.pop()
-            for source, weight in into.pop(target, {}).items():
-                edges[source, target] = weight
-                pending.append(source)
-        return edges
+        return reached(attribution, attribution.edges["share"] >= least_share)
 
     def compare(self, attribution: Attribution, least_share: float = LEAST_SHARE) -> Comparison:
         """What is found beside what is there."""
-        found = self.found(attribution, least_share)
-        both = found.keys() & self.edges.keys()
-        errors = [abs(found[edge] / self.edges[edge] - 1) for edge in both]
-        return Comparison(
-            precision=len(both) / max(len(found), 1),
-            recall=len(both) / len(self.edges),
-            worst=max(errors, default=math.inf),
-        )
+        return Comparison.of(self.found(attribution, least_share), self.edges)
 
 
 def plant(
