@@ -51,16 +51,29 @@ def spell(value: Any) -> str:
     return repr(value)
 
 
-@pytest.mark.parametrize("ending", ["json", "safetensors", "graphml", "gexf"])
-@pytest.mark.parametrize("multi", [False, True])
-def test_round_trip_is_exact(tmp_path: Path, multi: bool, ending: str) -> None:
-    graph = small_graph(multi)
-    first, second = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
+def check_round_trip(graph: Any, folder: Path, ending: str) -> None:
+    """What is loaded is what was saved, and saved again it gives the same bytes."""
+    first, second = folder / f"a.{ending}", folder / f"b.{ending}"
     sap.save(graph, first)
     loaded = sap.load(first)
     assert content(loaded) == content(graph)
     sap.save(loaded, second)
     assert first.read_bytes() == second.read_bytes()
+
+
+def check_refused(path: Path, text: str, old: str, new: str, message: str) -> None:
+    """A good file with its first ``old`` exchanged is refused by name."""
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(sap.FileError, match=message) as caught:
+        sap.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["json", "safetensors", "graphml", "gexf"])
+@pytest.mark.parametrize("multi", [False, True])
+def test_round_trip_is_exact(tmp_path: Path, multi: bool, ending: str) -> None:
+    check_round_trip(small_graph(multi), tmp_path, ending)
 
 
 def test_the_name_survives_nnsight() -> None:

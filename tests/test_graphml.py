@@ -8,7 +8,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
-from test_files import content, small_graph
+from test_files import check_refused, content, small_graph
 
 import sae_attn_plugin as sap
 
@@ -138,13 +138,7 @@ def good(tmp_path: Path) -> str:
     ],
 )  # fmt: skip
 def test_damage_is_told_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
-    text = good(tmp_path)
-    assert old in text
-    path = tmp_path / "a.graphml"
-    path.write_text(text.replace(old, new), encoding="utf-8")
-    with pytest.raises(sap.FileError, match=message) as caught:
-        sap.load(path)
-    assert str(path) in str(caught.value)
+    check_refused(tmp_path / "a.graphml", good(tmp_path), old, new, message)
 
 
 def test_every_cut_is_noticed(tmp_path: Path) -> None:

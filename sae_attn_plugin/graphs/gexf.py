@@ -28,6 +28,7 @@ from sae_attn_plugin.graphs.graphml import (
     marked,
     named,
     parse_xml,
+    values,
     with_names,
     word,
     xml_value,
@@ -84,14 +85,14 @@ class _Columns:
     def write(self, element: Element, row: dict[str, Any]) -> None:
         if not row:
             return
-        values = SubElement(element, "attvalues")
+        filled = SubElement(element, "attvalues")
         for name in sorted(row):
             raw = row[name]
             value = xml_value(raw)
             kind = _GEXF_TYPES[type(value)]
             # Strings are quoted as XML attributes need; what stands as JSON is quoted already.
             text = word(raw) if isinstance(raw, str) else _text(value)
-            SubElement(values, "attvalue", {"for": self.id(name, kind), "value": text})
+            SubElement(filled, "attvalue", {"for": self.id(name, kind), "value": text})
 
     def id(self, name: str, kind: str) -> str:
         if (name, kind) not in self.ids:
@@ -156,21 +157,9 @@ def _keys(body: Element, what: str) -> dict[str, tuple[str, str]]:
 
 
 def _attributes(element: Element, keys: dict[str, tuple[str, str]], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for value in element.findall(f"{_NS}attvalues/{_NS}attvalue"):
-        if value.get("for") not in keys:
-            raise Damaged(f"{where} has the attribute {value.get('for')!r}, which is not declared")
-        name, kind = keys[value.get("for", "")]
-        if name in found:
-            raise Damaged(f"{where} repeats {name!r}")
-        text = value.get("value", "")
-        try:
-            found[name] = TYPES[kind](text)
-        except ValueError:
-            raise Damaged(f"{where}[{name!r}] is {text[:40]!r}; expected a {kind}") from None
-        if kind == "string":
-            found[name] = decoded(text, f"{where}[{name!r}]")
-    return found
+    found = element.findall(f"{_NS}attvalues/{_NS}attvalue")
+    pairs = [(value.get("for"), value.get("value", "")) for value in found]
+    return values(pairs, keys, where)
 
 
 def _number(text: str, where: str) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -172,14 +173,21 @@ def _keys(root: ElementTree.Element) -> dict[str, tuple[str, str]]:
 def _attributes(
     element: ElementTree.Element, keys: dict[str, tuple[str, str]], where: str
 ) -> dict[str, Any]:
+    pairs = [(data.get("key"), data.text or "") for data in element.findall(f"{_NS}data")]
+    return values(pairs, keys, where)
+
+
+def values(
+    pairs: Sequence[tuple[str | None, str]], keys: Mapping[str, tuple[str, str]], where: str
+) -> dict[str, Any]:
+    """Attributes from the key and the text of each, with the names and types declared."""
     found: dict[str, Any] = {}
-    for data in element.findall(f"{_NS}data"):
-        if data.get("key") not in keys:
-            raise Damaged(f"{where} has the attribute {data.get('key')!r}, which is not declared")
-        name, kind = keys[data.get("key", "")]
+    for key, text in pairs:
+        if key is None or key not in keys:
+            raise Damaged(f"{where} has the attribute {key!r}, which is not declared")
+        name, kind = keys[key]
         if name in found:
             raise Damaged(f"{where} repeats {name!r}")
-        text = data.text or ""
         try:
             found[name] = TYPES[kind](text)
         except ValueError:
