@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.backends.architectures import Architecture, register_architecture
     from sae_attn_plugin.backends.hooked import HookedModel, hooked
     from sae_attn_plugin.backends.loading import load_model
+    from sae_attn_plugin.corpus.survey import Survey, load_survey, survey
     from sae_attn_plugin.dictionaries import Dictionary, head_attribution, load_saes
     from sae_attn_plugin.errors import (
         BackendError,
@@ -122,6 +123,7 @@ _PUBLIC = {
     "ScaleFeature": "interventions.edits",
     "SetFeature": "interventions.edits",
     "Steer": "interventions.edits",
+    "Survey": "corpus.survey",
     "UnsupportedError": "errors",
     "Validation": "interventions.validate",
     "Cut": "graphs.structure",
@@ -145,6 +147,7 @@ _PUBLIC = {
     "hooked": "backends.hooked",
     "load_model": "backends.loading",
     "load_saes": "dictionaries",
+    "load_survey": "corpus.survey",
     "page": "graphs.html",
     "qk_variance": "studies.qk",
     "register": "registration",
@@ -155,6 +158,7 @@ _PUBLIC = {
     "show": "graphs.html",
     "splice": "splicing",
     "strongest_paths": "graphs.paths",
+    "survey": "corpus.survey",
     "validate": "interventions.validate",
 }
 _MODULES = ("demo", "nodes", "saes", "studies", "tasks", "training")
@@ -204,6 +208,9 @@ __all__ = [  # noqa: RUF022 - the front door first
     "HookedModel",
     "evaluate",
     "Evaluation",
+    "survey",
+    "Survey",
+    "load_survey",
     "save",
     "load",
     "draw",
