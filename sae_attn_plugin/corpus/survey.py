@@ -437,7 +437,8 @@ class Corpus:
             self._source = lambda: row_stream(data, lens.tokenizer, for_text, prepend_bos=bos)
             self.context = for_text
         elif callable(data) and not isinstance(data, Tensor):
-            self._source = lambda: itertools.chain.from_iterable(map(self._checked, data()))
+            stream: Any = data
+            self._source = lambda: itertools.chain.from_iterable(map(self._checked, stream()))
             first = next(iter(self._source()), None)
             if first is None:
                 raise InputError("the data is empty; expected at least one row of two tokens")

@@ -156,14 +156,15 @@ def heads_table(layer: int, sketch: LayerSketch, dictionary: Dictionary) -> pa.T
 
 
 def positions_profile_table(layer: int, sketch: LayerSketch) -> pa.Table:
+    """Bins in which a feature fires; others are left out."""
     fires = _numpy(sketch.by_position)
-    d, n_bins = fires.shape
+    feature, position_bin = fires.nonzero()
     return _table(
         {
-            "layer": _layer_column(layer, d * n_bins),
-            "feature": np.repeat(np.arange(d, dtype=np.int32), n_bins),
-            "position_bin": np.tile(np.arange(n_bins, dtype=np.int16), d),
-            "fires": fires.reshape(-1),
+            "layer": _layer_column(layer, len(feature)),
+            "feature": feature.astype(np.int32),
+            "position_bin": position_bin.astype(np.int16),
+            "fires": fires[feature, position_bin],
         }
     )
 
