@@ -143,3 +143,38 @@ def test_other_versions_are_named(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "versions of torch: 1.0 in the file" in result.output
     assert "prompt: [" in result.output
+
+
+def _validate(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["validate", *map(str, arguments)])
+
+
+def test_a_file_is_validated_on_the_model_that_it_names(folder: Path, tmp_path: Path) -> None:
+    report, picture = tmp_path / "report.json", tmp_path / "report.png"
+    options = ("--max-sources", 6, "--freeze", "norms", "--out", report, "--out", picture)
+    result = _validate(folder / "graph.json", *options)
+    assert result.exit_code == 0, result.output
+    lens = sap.FeatureLens(sap.load_model(folder / "model"), str(folder / "saes"))
+    again = sap.validate(
+        sap.load(folder / "graph.json"), lens, max_sources=6, freezes={"norms": "norms"}
+    )
+    assert json.loads(report.read_text())["summary"] == again.to_dict()["summary"]
+    assert again.frozen.max_error < 1e-5
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--freeze", "patern"), "cannot freeze patern"),
+        (("--max-sources", "0"), "expected at least 1"),
+        (("--out", "report.txt"), "expected a path that ends in .json"),
+        (("--model", "./nowhere"), "nowhere"),
+    ],
+)
+def test_a_validation_that_cannot_be_made_is_refused(
+    folder: Path, arguments: tuple[str, str], message: str
+) -> None:
+    result = _validate(folder / "graph.json", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output

@@ -20,6 +20,7 @@ from sae_attn_plugin.cli.releases import releases
 from sae_attn_plugin.cli.reproduce import reproduce
 from sae_attn_plugin.cli.study import study
 from sae_attn_plugin.cli.train import train
+from sae_attn_plugin.cli.validate import validate
 
 __all__ = ["app", "main"]
 
@@ -56,5 +57,8 @@ def _options(
     pass
 
 
-for _command in (demo, graph, explore, export, train, evaluate, study, releases, reproduce):
+for _command in (
+    *(demo, graph, validate, reproduce, export, explore),
+    *(train, evaluate, study, releases),
+):
     app.command()(_command)

@@ -79,6 +79,7 @@ def demo(
         screen.lines(
             "sae-attn demo --backend nnsight                  the same graph from the other host",
             'sae-attn demo --prompt TEXT --correct " Mary" --wrong " John"     your own sentence',
+            "sae-attn validate graph.json                     every edge against its removal",
             "sae-attn graph --help                            your own model and SAEs",
             'python: import sae_attn_plugin as sap; graph = sap.load("graph.json")',
         )

@@ -1,0 +1,130 @@
+"""The model and SAEs that a graph says it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.cli.options import Backend
+from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.registration import DEMO_MODEL_NAME, DEMO_RELEASE
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from sae_attn_plugin.cli.screen import Screen
+    from sae_attn_plugin.lens import FeatureLens
+
+GraphFile = Annotated[
+    Path, typer.Argument(help="A graph file, .json, .safetensors, .graphml or .gexf.")
+]
+Model = Annotated[str | None, typer.Option(help="A folder or hub name. Default: as the file says.")]
+Dictionaries = Annotated[
+    str | None, typer.Option(help="A folder or release. Default: as the file says.")
+]
+Host = Annotated[
+    Backend | None, typer.Option(help="What runs the model. Default: as the file says.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+
+_BACKENDS = {
+    "hooked_transformer": "transformer_lens",
+    "transformer_bridge": "transformer_bridge",
+    "nnsight": "nnsight",
+}
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def load_graph(path: Path) -> nx.DiGraph:
+    """A graph from any of its files."""
+    loaded = sap.load(path)
+    return loaded.to_networkx() if isinstance(loaded, sap.Attribution) else loaded
+
+
+def lens_of(
+    screen: Screen,
+    about: Mapping[str, Any],
+    model: str | None,
+    saes: str | None,
+    transcoders: str | None,
+    backend: Backend | None,
+    device: str,
+) -> FeatureLens:
+    """Model and SAEs as a graph names them, unless told otherwise."""
+    import torch
+
+    from sae_attn_plugin.reproduction import needed
+
+    host = _BACKENDS.get(str(about.get("backend"))) if backend is None else backend.value
+    if host is None:
+        raise InputError(
+            f"the graph's backend is {about.get('backend')!r}, which is none of "
+            f"{', '.join(_BACKENDS)}; pass --backend"
+        )
+    name = needed(about, "model", str) if model is None else model
+    dtype = about.get("dtype", "float32")
+    if dtype not in _DTYPES:
+        raise InputError(f"the graph's dtype is {dtype!r}; known: {', '.join(_DTYPES)}")
+    with screen.busy(f"loading {name}"):
+        if name == DEMO_MODEL_NAME:
+            if dtype != "float32":
+                raise InputError(f"the graph is of the demo model in {dtype}; pass --model")
+            loaded = sap.demo.load_model(host)  # pyright: ignore[reportArgumentType]
+            # HookedTransformer does not move in silence.
+            if device != "cpu":
+                raise InputError("the demo model runs on the cpu here; leave --device out")
+        else:
+            try:
+                kind: Any = host
+                loaded = sap.load_model(name, kind, device, getattr(torch, dtype))
+            except InputError as error:
+                if model is not None:
+                    raise
+                raise InputError(
+                    f"the graph's model is {name!r}, which cannot be loaded from here; pass "
+                    f"--model, a folder or hub name ({error})"
+                ) from error
+    with screen.busy("loading SAEs"):
+        of_attention = _dictionaries("saes", about, saes, device)
+        of_mlps = _dictionaries("transcoders", about, transcoders, device) or None
+    bos = about.get("prepend_bos")
+    with screen.busy("checking the model"):
+        return sap.FeatureLens(
+            loaded,
+            of_attention,
+            transcoders=of_mlps,
+            prepend_bos=bos if isinstance(bos, bool) else None,
+        )
+
+
+def _dictionaries(kind: str, about: Mapping[str, Any], given: str | None, device: str) -> Any:
+    from sae_attn_plugin.reproduction import chosen
+
+    said = about.get(kind)
+    if given is None and not said:
+        return {}
+    sources = about.get("sources")
+    source = sources.get(kind) if isinstance(sources, Mapping) else None
+    name = given or source
+    if not isinstance(name, str):
+        raise InputError(
+            f"the graph does not say where its {kind} are from (they were given as objects, or "
+            f"from several places): pass --{kind}, a folder or a sae_lens release"
+        )
+    if name in (DEMO_RELEASE, f"{DEMO_RELEASE}/transcoders"):
+        found = sap.demo.load_saes() if kind == "saes" else sap.demo.load_transcoders()
+    else:
+        try:
+            found = sap.load_saes(name, device=device)
+        except (InputError, sap.FileError) as error:
+            if given is not None:
+                raise
+            raise InputError(
+                f"the graph's {kind} are from {name!r}, which cannot be loaded from here; pass "
+                f"--{kind}, a folder or a sae_lens release ({error})"
+            ) from error
+    return chosen(found, said)
