@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +39,7 @@ from sae_attn_plugin.attribution.qk import (
 from sae_attn_plugin.attribution.rdfa import edges_by_head, sweep
 from sae_attn_plugin.attribution.readers import StreamReader, logit_reader
 from sae_attn_plugin.attribution.table import Attribution
-from sae_attn_plugin.attribution.writers import WriterTable, write_table
+from sae_attn_plugin.attribution.writers import WriterTable, WriterVectors, write_table
 from sae_attn_plugin.backends import as_backend
 from sae_attn_plugin.backends.protocol import (
     Capture,
@@ -531,6 +532,11 @@ class Run:
         return tuple(linearise(m, w) for m, w in zip(mlps, weights, strict=True) if m is not None)
 
     @functools.cached_property
+    def _lean(self) -> dict[str, WriterTable]:
+        """Tables that make their rows when they are asked for."""
+        return {}
+
+    @functools.cached_property
     def writers(self) -> WriterTable:
         """Every term of the residual stream."""
         return write_table(self.frozen)
@@ -547,6 +553,23 @@ class Run:
         if not self.lens.residual_saes:
             return self.writers
         return write_table(self.frozen, residuals=tuple(self.residuals.values()))
+
+    def _writers_within(self, limit: int, split: bool) -> WriterTable:
+        """The writers (with the terms of residual SAEs) in at most so many bytes, or in as few as
+        can be."""
+        split = split and bool(self.lens.residual_saes)
+        name = "all_writers" if split else "writers"
+        known = self.__dict__.get(name)
+        if known is not None and known.vectors.nbytes <= limit:
+            return known
+        if name not in self._lean:
+            residuals = tuple(self.residuals.values()) if split else ()
+            made = write_table(self.frozen, residuals=residuals, at_most=limit)
+            if isinstance(made.vectors, WriterVectors):
+                self.__dict__[name] = made
+                return made
+            self._lean[name] = made
+        return self._lean[name]
 
     # -- questions -------------------------------------------------------------------------------
 
@@ -638,7 +661,7 @@ class Run:
         residual: Literal["terminal", "recurse"] = "terminal",
         node_budget: int | None = 2000,
         edges_per_target: int | None = None,
-        memory_budget: int = 512 * 2**20,
+        memory_budget: int = 2 * 2**30,
         progress: bool | Callable[[int, int], object] | None = None,
     ) -> Attribution:
         """Recursive DFA: who writes what the target reads, down to the tokens.
@@ -663,7 +686,10 @@ class Run:
                 all that reach the target. Each target's ledger closes either way.
             edges_per_target: keep only the strongest edges of each target; the rest is summed in
                 the ledger. None: all.
-            memory_budget: bytes for edges in flight.
+            memory_budget: bytes that the attribution may hold, besides model, SAEs and this run:
+                what is written at each position, the edges, and work in flight. Where all edges
+                would take more, only the strongest of each target are kept, with a warning; the
+                rest is summed in the ledger, and influences are the same.
             progress: show a bar; None: for large models only, on a terminal. A function is called
                 with the number of layers done and of all instead; what it raises passes through.
         """
@@ -708,7 +734,8 @@ class Run:
         resolved = [self._resolve(one, mlp == "linearise") for one in targets]
         nodes = [node for node, _ in resolved]
         split = bool(at) or any(node.kind in RESIDUAL_KINDS for node in nodes)
-        writers = self.all_writers if split else self.writers
+        memory_budget = int(memory_budget)
+        writers = self._writers_within(memory_budget // 2, split)
         if len(set(nodes)) < len(nodes):
             raise InputError(f"the same target twice: {', '.join(map(str, nodes))}")
         n_layers = len(self.frozen.layers)
@@ -738,6 +765,12 @@ class Run:
                 checkpoints={depth: mask for depth in self.residuals} if mask.any() else None,
                 recurse=residual == "recurse",
             )
+        if flow.kept is not None and flow.kept != edges_per_target:
+            warnings.warn(
+                f"memory_budget={memory_budget} does not hold all edges: the {flow.kept} strongest "
+                "of each target are kept, and the rest is summed in the ledger",
+                stacklevel=2,
+            )
         return Attribution(
             flow=flow,
             writers=writers,
@@ -751,7 +784,7 @@ class Run:
                 "expand": expand if isinstance(expand, str) else {"residual": at},
                 "residual": residual,
                 "node_budget": node_budget,
-                "edges_per_target": edges_per_target,
+                "edges_per_target": edges_per_target if flow.kept is None else flow.kept,
                 **_directions(targets, nodes),
             },
             head_split=functools.partial(edges_by_head, self.frozen, writers),

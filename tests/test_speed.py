@@ -116,7 +116,7 @@ def test_nothing_of_features_by_features_is_made() -> None:
     run = run_of(tokens=TOKENS * 3)
     writers = run.writers
     with _Sizes() as sizes:
-        run.attribute(sap.Logit(5), node_budget=None, edges_per_target=3, memory_budget=2**16)
+        run.attribute(sap.Logit(5), node_budget=None, edges_per_target=3, memory_budget=2**21)
     active = int((writers.activation > 0).sum())
     assert active > 500
     assert sizes.largest < active**2 / 20
@@ -145,7 +145,7 @@ def _syncs(run: Any, budget: int | None, monkeypatch: Any) -> tuple[int, Any]:
     reader, frozen, writers = run._resolve(sap.Logit(5))[1], run.frozen, run.writers
     with monkeypatch.context() as patch:
         seen = _Syncs(patch)
-        flow = sweep(frozen, writers, [reader], [1.0], node_budget=budget, memory_budget=1)
+        flow = sweep(frozen, writers, [reader], [1.0], node_budget=budget, memory_budget=2**20)
     return seen.count, flow
 
 

@@ -18,13 +18,15 @@ are expanded.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenResidual, FrozenRun, LinearMlp
@@ -32,6 +34,7 @@ from sae_attn_plugin.attribution.qk import ScoreReader
 from sae_attn_plugin.attribution.readers import (
     FeatureReaders,
     LocalReaders,
+    ReaderSet,
     StreamReader,
     feature_readers,
     head_readers,
@@ -40,12 +43,22 @@ from sae_attn_plugin.attribution.readers import (
     residual_readers,
     skip_readers,
 )
-from sae_attn_plugin.attribution.writers import WriterTable
+from sae_attn_plugin.attribution.writers import LeanVectors, WriterTable
+from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.nodes import PASSING_KINDS, RESIDUAL_KINDS, Feature
 
 # Targets and source positions whose readers are formed together: enough for good matrix products,
 # few enough that the block stays in cache.
 _TARGETS, _BLOCK = 160, 16
+# Where writers have to be made first, more targets share them.
+_TARGETS_LEAN = 4 * _TARGETS
+# Targets whose own functionals are carried through the values together.
+_READERS = 1024
+# The part of a memory budget that work in flight may take, and what it can use at all.
+_WORK_SHARE, _WORK_BYTES = 3, 320 * 2**20
+# What a target and a node cost on the host, whatever the edges; and what a single edge costs
+# besides its weight: its row and its source.
+_ROW_BYTES, _NODE_BYTES, _EDGE_BYTES = 96, 48, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +117,7 @@ class Flow:
         constant, value, dropped: ``[row]``; ``dropped`` sums the edges left out of the row.
         root_weight: ``[node]``, the share of each root in the influence that starts the sweep.
         influence: ``[node]``.
+        kept: how many of the strongest edges of each target are here at most; None: all.
         passing: expanded nodes that pass on what they read; directions: ``[passing, d_model]``, the
             gradient of the roots at each, which times the node's vector is the value of its row.
     """
@@ -121,6 +135,7 @@ class Flow:
     influence: np.ndarray
     passing: np.ndarray | None = None
     directions: np.ndarray | None = None
+    kept: int | None = None
 
     @property
     def n_edges(self) -> int:
@@ -156,41 +171,157 @@ def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 @dataclass
-class _Rows:
-    """Rows of the targets done so far, on the device; they leave it once, at the end."""
+class _Batch:
+    """The edges of some targets: dense blocks, or the strongest of each target.
 
+    Attributes:
+        first: row of the first target; own: ``[3, target]``: constant, value, and the sum of the
+            edges that were left out; abs_sum: ``[target]`` of the edges here.
+        source, weight: ``[target, edge]``, where only the strongest are kept; a target that has
+            fewer is filled up with zeros.
+    """
+
+    first: int
+    abs_sum: Tensor
+    own: Tensor
+    blocks: list[_Dense] | None
+    source: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def n_targets(self) -> int:
+        return len(self.abs_sum)
+
+    @property
+    def nbytes(self) -> int:
+        """As they will be on the host: single edges carry their row and their source."""
+        if self.blocks is not None:
+            return sum(block.weight.nbytes for block in self.blocks)
+        assert self.weight is not None
+        return self.weight.numel() * (self.weight.element_size() + _EDGE_BYTES)
+
+    def reduce(self, keep: int, work: int) -> None:
+        """Keep the strongest edges of each target and sum the others.
+
+        Args:
+            keep: how many at most.
+            work: bytes that may be used on the way.
+        """
+        if self.blocks is None:
+            assert self.source is not None
+            assert self.weight is not None
+            if keep >= self.weight.shape[1]:
+                return
+            best = _strongest(self.weight, keep)
+            self._replace(self.source.gather(1, best), self.weight.gather(1, best), self.weight)
+            return
+        size = sum(len(block.columns) for block in self.blocks)
+        if keep >= size:
+            return
+        device = self.abs_sum.device
+        columns = torch.from_numpy(np.concatenate([block.columns for block in self.blocks]))
+        columns = columns.to(device)
+        # the row, its absolute values, and what the choice needs
+        element = self.blocks[0].weight.element_size()
+        at_once = max(1, work // (size * (3 * element + 8)))
+        source = torch.empty(self.n_targets, keep, dtype=torch.int32, device=device)
+        weight = torch.empty(self.n_targets, keep, dtype=self.blocks[0].weight.dtype, device=device)
+        left = torch.empty(self.n_targets, dtype=torch.float64, device=device)
+        for low in range(0, self.n_targets, at_once):
+            some = slice(low, min(low + at_once, self.n_targets))
+            dense = torch.cat([_widen(block, some) for block in self.blocks]).T
+            best = _strongest(dense, keep)
+            torch.gather(dense, 1, best, out=weight[some])
+            source[some] = columns[best]
+            left[some] = dense.sum(1, dtype=torch.float64)
+        self.blocks = None
+        self._replace(source, weight, left)
+
+    def _replace(self, source: Tensor, weight: Tensor, before: Tensor) -> None:
+        """``before``: the edges so far, or their sums."""
+        before = before if before.ndim == 1 else before.sum(1, dtype=torch.float64)
+        self.own[2] += before - weight.sum(1, dtype=torch.float64)
+        self.abs_sum = weight.abs().sum(1, dtype=torch.float64)
+        self.source, self.weight = source, weight
+
+    def leave(self) -> tuple[list[Block | Loose], np.ndarray]:
+        """The edges on the host, and their sum for each target."""
+        sums = np.zeros(self.n_targets)
+        if self.blocks is not None:
+            blocks: list[Block | Loose] = []
+            for block in self.blocks:
+                weight = block.weight.numpy(force=True)
+                blocks.append(Block(self.first + block.begin, block.columns, weight))
+                sums[block.begin :] += weight.sum(0, dtype=np.float64)
+            return blocks, sums
+        assert self.source is not None
+        assert self.weight is not None
+        weight, source = self.weight.numpy(force=True), self.source.numpy(force=True)
+        self.weight = self.source = None
+        row = np.arange(self.first, self.first + len(weight), dtype=np.int32)
+        live = weight != 0
+        row = np.repeat(row, np.count_nonzero(live, axis=1))
+        return [Loose(row, source[live], weight[live])], weight.sum(1, dtype=np.float64)
+
+
+def _strongest(weight: Tensor, keep: int) -> Tensor:
+    """``[target, keep]``: places of the strongest edges, in their order."""
+    return weight.abs().topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+@dataclass
+class _Rows:
+    """Rows of the targets done so far, on the device; they leave it once, at the end.
+
+    Attributes:
+        keep: how many of the strongest edges of each target are kept; None: all. It falls when
+            the edges would take more than ``limit`` bytes.
+        most: how many rows there can be in the end.
+        work: bytes that may be used besides; element_size: of a weight.
+    """
+
+    keep: int | None
+    limit: int
+    most: int
+    work: int
+    element_size: int
     target: list[np.ndarray] = field(default_factory=list)
     depth: list[np.ndarray] = field(default_factory=list)
-    sums: list[Tensor] = field(default_factory=list)
-    pieces: list[tuple[int, np.ndarray, Tensor | None, Tensor]] = field(default_factory=list)
+    batches: list[_Batch] = field(default_factory=list)
     n_rows: int = 0
+    nbytes: int = 0
 
     def add(
-        self, target: np.ndarray, depth: int, blocks: list[_Dense], sums: Tensor, keep: int | None
+        self, target: np.ndarray, depth: int, blocks: list[_Dense], abs_sum: Tensor, own: Tensor
     ) -> None:
         """The rows of some targets.
 
         Args:
-            blocks: their edges.
-            sums: ``[3, target]``: abs_sum, constant, value.
-            keep: how many of the strongest edges of each target are kept; None: all.
+            blocks: their edges; abs_sum: ``[target]`` of these.
+            own: ``[2, target]``: constant, value.
         """
-        dropped = torch.zeros_like(sums[:1])
-        if keep is not None and keep < sum(len(block.columns) for block in blocks):
-            columns = np.concatenate([block.columns for block in blocks])
-            dense = torch.cat([_widen(block, sums.shape[1]) for block in blocks]).T
-            best = dense.abs().topk(keep, dim=1).indices.sort(dim=1).values
-            kept = dense.gather(1, best)
-            dropped = (dense.sum(1, dtype=torch.float64) - kept.sum(1, dtype=torch.float64))[None]
-            sums = torch.cat([kept.abs().sum(1, dtype=torch.float64)[None], sums[1:]])
-            self.pieces.append((self.n_rows, columns, best, kept))
-        else:
-            for block in blocks:
-                self.pieces.append((self.n_rows + block.begin, block.columns, None, block.weight))
+        own = torch.cat([own.double(), torch.zeros_like(abs_sum)[None]])
+        batch = _Batch(self.n_rows, abs_sum, own, blocks)
+        if self.keep is not None:
+            batch.reduce(self.keep, self.work)
+        self.batches.append(batch)
         self.target.append(target)
         self.depth.append(np.full(len(target), depth, dtype=np.int32))
-        self.sums.append(torch.cat([sums, dropped]))
         self.n_rows += len(target)
+        self.nbytes += batch.nbytes
+        if self.nbytes > self.limit:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Keep fewer edges of every target, so that half of the limit is free again, or that all
+        that may come will fit."""
+        per_edge = self.element_size + _EDGE_BYTES
+        fair = self.limit // (per_edge * self.most)
+        half = self.limit // (2 * per_edge * self.n_rows)
+        self.keep = max(1, fair, half)
+        for batch in self.batches:
+            batch.reduce(self.keep, self.work)
+        self.nbytes = sum(batch.nbytes for batch in self.batches)
 
     def finish(
         self,
@@ -201,32 +332,30 @@ class _Rows:
     ) -> Flow:
         """Everything to the host."""
         pieces: list[Block | Loose] = []
-        for first, columns, best, edges in self.pieces:
-            weight = edges.numpy(force=True)
-            if best is None:
-                pieces.append(Block(first, columns, weight))
-                continue
-            row = np.arange(first, first + len(weight), dtype=np.int32).repeat(weight.shape[1])
-            source = columns[best.numpy(force=True)].ravel()
-            live = weight.ravel() != 0  # a target sees fewer sources than the widest of its batch
-            pieces.append(Loose(row[live], source[live], weight.ravel()[live]))
-        sums = torch.cat(self.sums, dim=1).numpy(force=True)
+        in_sum: list[np.ndarray] = []
+        abs_sum = torch.cat([batch.abs_sum for batch in self.batches]).numpy(force=True)
+        own = torch.cat([batch.own for batch in self.batches], dim=1).numpy(force=True)
+        for i in range(len(self.batches)):
+            found, sums = self.batches[i].leave()
+            pieces += found
+            in_sum.append(sums)
         return Flow(
             roots=tuple(roots),
             target=np.concatenate(self.target),
             depth=np.concatenate(self.depth),
             pieces=tuple(pieces),
-            in_sum=row_sums(pieces, self.n_rows),
-            abs_sum=sums[0],
-            constant=sums[1],
-            value=sums[2],
-            dropped=sums[3],
+            in_sum=np.concatenate(in_sum),
+            abs_sum=abs_sum,
+            constant=own[0],
+            value=own[1],
+            dropped=own[2],
             root_weight=root_weight,
             influence=influence.numpy(force=True),
             passing=np.array(list(directions), dtype=np.int64) if directions else None,
             directions=torch.stack(list(directions.values())).numpy(force=True)
             if directions
             else None,
+            kept=self.keep,
         )
 
 
@@ -239,9 +368,28 @@ class _Dense(NamedTuple):
     weight: Tensor
 
 
-def _widen(block: _Dense, n_targets: int) -> Tensor:
-    """``[column, target]`` with zeros for the targets that do not see the block."""
-    return torch.nn.functional.pad(block.weight, (n_targets - block.weight.shape[1], 0))
+def _widen(block: _Dense, some: slice) -> Tensor:
+    """``[column, target]`` of some targets, with zeros for those that do not see the block."""
+    unseen = max(0, min(block.begin, some.stop) - some.start)
+    seen = block.weight[:, max(0, some.start - block.begin) : max(0, some.stop - block.begin)]
+    return torch.nn.functional.pad(seen, (unseen, 0))
+
+
+class _Scratch:
+    """Tensors for what is used once and overwritten: fresh memory costs more than it is worth."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._held = like, dict[str, Tensor]()
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """A tensor of this shape, with anything in it; the one before of this name is gone."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or len(held) < size:
+            del held
+            self._held.pop(name, None)  # before the next is there
+            self._held[name] = held = self._like.new_empty(size)
+        return held[:size].view(shape)
 
 
 @dataclass
@@ -254,6 +402,7 @@ class _Sweep:
             reached; None where nothing passes on what it reads, so that nothing asks for it.
         checkpoints: by depth of the readers, the positions ``[position]`` where they read terms of
             a residual SAE; at_checkpoint: the gradient that stays there.
+        work: bytes for what is in flight.
     """
 
     run: FrozenRun
@@ -262,8 +411,8 @@ class _Sweep:
     influence: Tensor
     start: Tensor
     gradient: Tensor | None
-    keep: int | None
-    memory_budget: int
+    work: int
+    scratch: _Scratch
     checkpoints: Mapping[int, np.ndarray] = field(default_factory=dict)
     directions: dict[int, Tensor] = field(default_factory=dict)
     at_checkpoint: dict[int, Tensor] = field(default_factory=dict)
@@ -287,8 +436,7 @@ class _Sweep:
         total = _abs_sums(blocks, len(nodes))
         at = torch.from_numpy(nodes).to(self.influence.device)
         _push(self.influence, blocks, total, self.influence[at] + self.start[at])
-        sums = torch.cat([total[None], own.double()])
-        self.rows.add(nodes, order, blocks, sums, self.keep)
+        self.rows.add(nodes, order, blocks, total, own)
 
     def add(self, added: Tensor | None, depth: int) -> None:
         """Add to the gradient what readers of a depth read."""
@@ -373,7 +521,9 @@ def sweep(
             None: all with any influence. Roots are always expanded and do not count.
         edges_per_target: keep only this many strongest edges of each target; the rest is summed
             in ``Flow.dropped``. None: all.
-        memory_budget: bytes for the dense rows of the targets in flight.
+        memory_budget: bytes that may be held at once: the writers, the edges that are kept, and
+            work in flight. Where all edges would take more, the strongest of each target are kept
+            and the rest is summed in ``Flow.dropped``.
         progress: called with each layer when it is done.
         mlps: by layer, with activation ratios frozen: raw MLPs and SAEs on MLP outputs are then
             expanded through them. None: they are leaves.
@@ -382,6 +532,9 @@ def sweep(
             their terms.
         checkpoints: by depth, ``[position]``, where readers take those terms and not the writers.
         recurse: features of residual SAEs get in-edges from the writers, else they are leaves.
+
+    Raises:
+        InputError: a memory budget that even one edge for each target does not fit in.
     """
     n_layers, device = len(run.layers), run.embed.device
     numbers = _number_roots(writers, roots)
@@ -392,15 +545,18 @@ def sweep(
     kinds += list(RESIDUAL_KINDS) * recurse
     expandable = writers.of_kinds(kinds)
     passing = writers.of_kinds([kind for kind in kinds if kind in PASSING_KINDS])
+    most = int(expandable.sum())
+    most = len(roots) + (most if node_budget is None else min(most, node_budget))
+    work, limit = _divide(memory_budget, run, writers, n_nodes, most)
     state = _Sweep(
         run=run,
         writers=writers,
-        rows=_Rows(),
+        rows=_Rows(edges_per_target, limit, most, work // 2, run.embed.element_size()),
         influence=torch.zeros(n_nodes, dtype=torch.float64, device=device),
         start=torch.from_numpy(root_weight).to(device),
         gradient=torch.zeros_like(run.embed) if passing.any() else None,
-        keep=edges_per_target,
-        memory_budget=memory_budget,
+        work=work,
+        scratch=_Scratch(run.embed),
         checkpoints=checkpoints or {},
     )
     last = 2 * n_layers + 1
@@ -467,6 +623,38 @@ def sweep(
         if progress is not None and not of_mlp:
             progress(layer)
     return state.rows.finish(numbers, root_weight, state.influence, state.directions)
+
+
+def _divide(
+    memory_budget: int, run: FrozenRun, writers: WriterTable, n_nodes: int, n_rows: int
+) -> tuple[int, int]:
+    """``(work, limit)``: bytes for what is in flight and for the edges that are kept.
+
+    Raises:
+        InputError: if the budget leaves too little.
+    """
+    size = run.embed.element_size()
+    n_heads = max([layer.z.shape[1] for layer in run.layers], default=1)
+    held = writers.nbytes + n_nodes * _NODE_BYTES + n_rows * _ROW_BYTES
+    free = memory_budget - held
+    work = min(_WORK_BYTES, free // _WORK_SHARE)
+    # One target: its row (and what the choice of its strongest edges takes), its readers.
+    least = 2 * len(writers) * (4 * size + 8) + _reader_bytes(run, n_heads)
+    fewest = n_rows * (size + _EDGE_BYTES)
+    if work < least or free - work < fewest:
+        need = held + max(_WORK_SHARE * least, least + fewest)
+        raise InputError(
+            f"memory_budget={memory_budget}: attributing this prompt takes at least {need} bytes "
+            f"({len(writers)} writers, up to {n_rows} targets); give more, or a smaller node_budget"
+        )
+    return work, free - work
+
+
+def _reader_bytes(run: FrozenRun, n_heads: int) -> int:
+    """What the readers of one target take, at a block of source positions and at all."""
+    d_model, positions = run.embed.shape[1], run.n_positions
+    numbers = (2 * n_heads + _BLOCK + 2) * d_model + 4 * n_heads * positions
+    return run.embed.element_size() * numbers
 
 
 def _number_roots(
@@ -571,7 +759,7 @@ def _expand_attention(
     """In-edges of features or heads of one layer."""
     frozen, device = state.run.layers[layer], state.influence.device
 
-    def readers(piece: slice) -> FeatureReaders:
+    def readers(piece: slice) -> ReaderSet:
         which = torch.from_numpy(index[piece])
         at = torch.from_numpy(position[piece]).to(device)
         if frozen.dictionary is not None:
@@ -667,8 +855,9 @@ def _expand_local(
     """
     writers, device = state.writers, state.influence.device
     slope = state.slope(nodes, checkpoint)
-    width = int(window[1].max()) + 3 * writers.vectors.shape[1]
-    chunk = max(1, state.memory_budget // (2 * state.run.embed.element_size() * width))
+    # the reader's way through an MLP, and its edges with their absolute values
+    width = 4 * int(window[1].max()) + 16 * writers.vectors.shape[1]
+    chunk = min(_READERS, max(1, state.work // (2 * state.run.embed.element_size() * width)))
     added = None if state.gradient is None else torch.zeros_like(state.gradient)
     for first in range(0, len(nodes), chunk):
         piece = slice(first, first + chunk)
@@ -707,7 +896,7 @@ def _expand(
     layer: int,
     nodes: np.ndarray,
     position: np.ndarray,
-    make_readers: Callable[[slice], FeatureReaders],
+    make_readers: Callable[[slice], ReaderSet],
 ) -> Tensor | None:
     """In-edges of targets of attention of one layer, sorted by position; returns what they add to
     the gradient."""
@@ -717,31 +906,38 @@ def _expand(
     columns = np.concatenate([_upstream(window, p) for p in range(run.n_positions)])
     slope = state.slope(nodes)
     added = None if state.gradient is None else torch.zeros_like(state.gradient)
-    d_model, n_heads = writers.vectors.shape[1], run.layers[layer].z.shape[1]
-    # per target: its edges, their absolute values or the strongest of them, its readers, its block
-    copies = 2 if state.keep is None else 6
-    per_target = run.embed.element_size() * (
-        copies * len(columns) + (n_heads + min(_BLOCK, run.n_positions)) * d_model
-    )
-    chunk = min(_TARGETS, max(1, state.memory_budget // per_target))
-    for first in range(0, len(nodes), chunk):
-        piece = slice(first, first + chunk)
-        readers = make_readers(piece)
-        sloped = None if slope is None else slope[piece]
-        blocks = _contract(
-            readers, position[piece], writers, window, offsets, columns, sloped, added
-        )
-        own = torch.stack([readers.constant, readers.value])
-        state.finish(nodes[piece], 2 * (2 * layer + 1), blocks, own)
+    n_heads, size = run.layers[layer].z.shape[1], run.embed.element_size()
+    # Half of the work in flight is for the edges of these targets, with their absolute values or
+    # the strongest of them, and for their readers at a block of positions; a quarter for what the
+    # readers of more targets share.
+    per_target = 2 * size * len(columns) + _reader_bytes(run, n_heads)
+    most = _TARGETS_LEAN if isinstance(writers.vectors, LeanVectors) else _TARGETS
+    chunk = min(most, max(1, state.work // (2 * per_target)))
+    shared = state.work // (4 * size * (2 * n_heads + 4) * writers.vectors.shape[1])
+    group = chunk * max(1, min(_READERS, shared) // chunk)
+    for begin in range(0, len(nodes), group):
+        end = min(begin + group, len(nodes))
+        readers = make_readers(slice(begin, end))
+        for first in range(begin, end, chunk):
+            piece = slice(first, min(first + chunk, end))
+            heads = state.scratch.get("heads", piece.stop - first, *readers.heads.shape[1:])
+            n_sources = int(position[piece.stop - 1]) + 1
+            part = readers.part(slice(first - begin, piece.stop - begin), n_sources, heads)
+            sloped = None if slope is None else slope[piece]
+            blocks = _contract(
+                state, part, position[piece], window, offsets, columns, sloped, added
+            )
+            own = torch.stack([part.constant, part.value])
+            state.finish(nodes[piece], 2 * (2 * layer + 1), blocks, own)
     if added is not None and writers.means is not None:  # attention reads the centred stream
         added -= added.mean(-1, keepdim=True)
     return added
 
 
 def _contract(
+    state: _Sweep,
     readers: FeatureReaders,
     at: np.ndarray,
-    writers: WriterTable,
     window: tuple[np.ndarray, np.ndarray],
     offsets: np.ndarray,
     columns: np.ndarray,
@@ -753,6 +949,7 @@ def _contract(
     ``added [position, d_model]`` is given the sum of the readers, times their ``slope [target]``.
     """
     heads, n_targets, (starts, counts) = readers.heads, len(at), window
+    d_model = heads.shape[2]
     n_sources = int(at[-1]) + 1
     begins = np.searchsorted(at, np.arange(n_sources))  # earlier targets do not see the position
     ends = np.concatenate([[0], np.cumsum(counts[:n_sources] * (n_targets - begins))])
@@ -763,14 +960,12 @@ def _contract(
     ]
     for low in range(0, n_sources, _BLOCK):
         high, begin = min(low + _BLOCK, n_sources), int(begins[low])
-        block = heads.new_empty(high - low, n_targets - begin, heads.shape[2])
+        block = state.scratch.get("block", high - low, n_targets - begin, d_model)
         factor = readers.weights[begin:, :, low:high].transpose(1, 2)
         torch.bmm(factor, heads[begin:], out=block.transpose(0, 1))
         if added is not None and slope is not None:
             added[low:high] += torch.einsum("t,ptd->pd", slope[begin:].to(block), block)
-        for p in range(low, high):
-            first = int(starts[p])
-            y = writers.vectors[first : first + int(counts[p])]
+        for p, y in _writers_at(state, low, high, starts, counts, offsets, columns):
             torch.mm(y, block[p - low, int(begins[p]) - begin :].T, out=pieces[p])
     # neighbouring positions that the same targets see are one block
     bounds = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), n_sources]
@@ -782,6 +977,33 @@ def _contract(
         )
         for a, b in itertools.pairwise(bounds)
     ]
+
+
+def _writers_at(
+    state: _Sweep,
+    low: int,
+    high: int,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    offsets: np.ndarray,
+    columns: np.ndarray,
+) -> Iterator[tuple[int, Float[Tensor, "writer d_model"]]]:
+    """The writers at each position of a block; one that is made is overwritten by later ones."""
+    vectors = state.writers.vectors
+    if vectors.views:
+        for p in range(low, high):
+            yield p, vectors[int(starts[p]) : int(starts[p] + counts[p])]
+        return
+    # Several positions at once, which share products, as far as the work in flight allows.
+    row_bytes = 4 * state.run.embed.element_size() * vectors.shape[1]
+    most = max(1, state.work // (8 * row_bytes * max(1, int(counts[low:high].max()))))
+    for a in range(low, high, most):
+        b = min(a + most, high)
+        key = torch.from_numpy(columns[offsets[a] : offsets[b]].astype(np.int64))
+        out = state.scratch.get("writers", len(key), vectors.shape[1])
+        y = vectors.gather(key.to(vectors.device), out)
+        for p in range(a, b):
+            yield p, y[offsets[p] - offsets[a] : offsets[p + 1] - offsets[a]]
 
 
 def edges_by_head(
@@ -808,7 +1030,7 @@ def edges_by_head(
             run.layers[layer],
             torch.from_numpy(feature[piece].astype(np.int64)),
             torch.from_numpy(position[piece].astype(np.int64)).to(device),
-        )
+        ).part()
         rows = torch.from_numpy(source[piece].astype(np.int64)).to(device)
         at = torch.from_numpy(writers.position[source[piece]].astype(np.int64)).to(device)
         dots = torch.einsum("ed,ehd->eh", writers.vectors[rows], readers.heads)

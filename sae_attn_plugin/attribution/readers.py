@@ -25,7 +25,7 @@ from sae_attn_plugin.attribution.frozen import (
 
 @dataclass(frozen=True)
 class FeatureReaders:
-    """Readers of many features of one layer.
+    """Readers of many features (or heads) of one layer.
 
     Attributes:
         heads: ``[target, head, d_model]``: ``gamma * (W_V^h w_h)``.
@@ -42,9 +42,70 @@ class FeatureReaders:
     value: Float[Tensor, " target"]
 
 
+@dataclass(frozen=True)
+class ReaderSet:
+    """What the readers of many targets of one layer share; :meth:`part` gives those of some.
+
+    Attributes:
+        heads: ``[unique, head, d_model]``: ``gamma * (W_V^h w_h)``; of several targets with the
+            same functional there is one.
+        row: ``[target]`` into these; None: target ``i`` has row ``i``.
+        position: ``[target]`` query positions.
+        which: ``[target]``, the one head that each reads through; None: all heads.
+        input_scale: ``[target]`` of the SAE, or None.
+        constant, value: ``[target]``; without what value and norm biases add to the constant, which
+            is ``value_bias [unique, head]`` times the pattern.
+    """
+
+    layer: FrozenLayer
+    heads: Float[Tensor, "unique head d_model"]
+    row: Int[Tensor, " target"] | None
+    position: Int[Tensor, " target"]
+    which: Int[Tensor, " target"] | None
+    input_scale: Float[Tensor, " target"] | None
+    constant: Float[Tensor, " target"]
+    value_bias: Float[Tensor, "unique head"]
+    value: Float[Tensor, " target"]
+
+    def part(
+        self,
+        piece: slice = slice(None),
+        n_sources: int | None = None,
+        out: Float[Tensor, "target head d_model"] | None = None,
+    ) -> FeatureReaders:
+        """The readers of some targets.
+
+        Args:
+            n_sources: how many source positions the targets see; None: all.
+            out: where ``heads`` may be written.
+        """
+        layer, at = self.layer, self.position[piece]
+        if self.which is None:
+            pattern = layer.pattern[:, at, :n_sources].transpose(0, 1)
+        else:
+            pattern = layer.pattern[self.which[piece], at, :n_sources][:, None]
+        if self.input_scale is not None:
+            pattern = pattern / self.input_scale[piece, None, None]
+        row = piece if self.row is None else self.row[piece]
+        if self.row is None:
+            heads = self.heads[piece]
+        else:
+            out = None if out is None else out[: len(at)]
+            heads = torch.index_select(self.heads, 0, self.row[piece], out=out)
+        # What adds to it is the whole row of the pattern: sources not seen have none of it.
+        bias = (pattern.sum(-1) * self.value_bias[row]).sum(-1)
+        return FeatureReaders(
+            heads=heads,
+            position=at,
+            weights=pattern / layer.scale[:n_sources, 0],
+            constant=self.constant[piece] + bias,
+            value=self.value[piece],
+        )
+
+
 def feature_readers(
     layer: FrozenLayer, features: Int[Tensor, " target"], positions: Int[Tensor, " target"]
-) -> FeatureReaders:
+) -> ReaderSet:
     """The readers of features of a layer's dictionary at query positions.
 
     ``features`` may stay on the host: which of them are equal is then found without asking the
@@ -57,10 +118,6 @@ def feature_readers(
     unique, row = (t.to(layer.z.device) for t in features.unique(return_inverse=True))
     encoder, c = dictionary.read(unique, dtype)
     c = c[row]
-    # Sharing one product among the targets of a feature pays only where it has many.
-    shared = 2 * len(unique) < len(features)
-    if not shared:
-        encoder, row = encoder[row], torch.arange(len(features), device=row.device)
     input_scale = dictionary.input_scale(encoded.scale)[positions, 0]
     if dictionary.reads == "attn_out":
         assert layer.attn_out is not None
@@ -75,14 +132,16 @@ def feature_readers(
     else:
         value = c + (encoder[row] * layer.z[positions]).sum((-2, -1)) / input_scale
     heads, value_bias = _through_values(layer, encoder)
-    if shared:
-        heads, value_bias = heads[row], value_bias[row]
-    pattern = layer.pattern[:, positions].transpose(0, 1) / input_scale[:, None, None]
-    return FeatureReaders(
+    scaled = dictionary.normalisation != "none" or layer.post_scale is not None
+    return ReaderSet(
+        layer=layer,
         heads=heads,
+        row=row,
         position=positions,
-        weights=pattern / layer.scale[:, 0],
-        constant=c + (pattern.sum(-1) * value_bias).sum(-1),
+        which=None,
+        input_scale=input_scale if scaled else None,
+        constant=c,
+        value_bias=value_bias,
         value=value,
     )
 
@@ -93,18 +152,17 @@ def _through_values(
     """Functionals of z as functionals of the residual stream, and what the biases give them."""
     weights, n_heads = layer.weights, encoder.shape[1]
     groups, per_group = _groups(layer), n_heads // weights.W_V.shape[0]
+    norm, bias, W_V = weights.norm, weights.b_V, weights.W_V
+    if norm.bias is not None:
+        bias = bias + norm.bias @ W_V
+    if norm.weight is not None:
+        W_V = W_V * norm.weight[:, None]
     heads = torch.empty(
-        len(encoder), n_heads, weights.W_V.shape[1], dtype=encoder.dtype, device=encoder.device
+        len(encoder), n_heads, W_V.shape[1], dtype=encoder.dtype, device=encoder.device
     )
     for head in range(n_heads):
-        torch.matmul(encoder[:, head], weights.W_V[head // per_group].T, out=heads[:, head])
-    norm, bias = weights.norm, weights.b_V
-    if norm.bias is not None:
-        bias = bias + norm.bias @ weights.W_V
-    value_bias = (encoder * bias[groups]).sum(-1)
-    if norm.weight is not None:
-        heads *= norm.weight
-    return heads, value_bias
+        torch.matmul(encoder[:, head], W_V[head // per_group].T, out=heads[:, head])
+    return heads, (encoder * bias[groups]).sum(-1)
 
 
 def _groups(layer: FrozenLayer) -> Int[Tensor, " head"]:
@@ -118,7 +176,7 @@ def head_readers(
     heads: Int[Tensor, " target"],
     positions: Int[Tensor, " target"],
     directions: Float[Tensor, "target d_model"],
-) -> FeatureReaders:
+) -> ReaderSet:
     """The readers of ``direction . (what a head adds to the residual stream)``: one head each."""
     weights, group = layer.weights, _groups(layer)[heads]
     encoder = torch.einsum("td,ted->te", layer.before(directions), weights.W_O[heads])
@@ -130,12 +188,15 @@ def head_readers(
         bias = bias + vector @ weights.norm.bias
     if weights.norm.weight is not None:
         vector = vector * weights.norm.weight
-    pattern = layer.pattern[heads, positions][:, None]
-    return FeatureReaders(
+    return ReaderSet(
+        layer=layer,
         heads=vector[:, None],
+        row=None,
         position=positions,
-        weights=pattern / layer.scale[:, 0],
-        constant=pattern.sum((-2, -1)) * bias,
+        which=heads,
+        input_scale=None,
+        constant=torch.zeros_like(bias),
+        value_bias=bias[:, None],
         value=(encoder * layer.z[positions, heads]).sum(-1),
     )
 

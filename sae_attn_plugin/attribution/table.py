@@ -174,22 +174,28 @@ class Attribution:
             part = slice(done, done + count)
             done = part.stop
             source, target = codes[piece.source], codes[flow.target[piece.rows]]
+            factor, values = scale[piece.rows], piece.weight
             if isinstance(piece, Block):
                 source = source[:, None]
-            live = slice(None) if count == piece.weight.size else piece.weight != 0
-            for out, values in (
-                (ends["source"], source),
-                (ends["target"], target),
-                (weight, piece.weight),
-                (share, np.abs(piece.weight) * scale[piece.rows]),
-            ):
-                out[part] = np.broadcast_to(values, piece.weight.shape)[live].ravel()
+            if count < values.size:
+                live = values != 0
+                source, target, factor = (
+                    np.broadcast_to(one, values.shape)[live] for one in (source, target, factor)
+                )
+                values = values[live]
+            # written in place: what is made besides costs as much again
+            columns = (ends["source"], ends["target"], weight, share)
+            to_source, to_target, to_weight, to_share = (
+                column[part].reshape(values.shape) for column in columns
+            )
+            to_source[...], to_target[...], to_weight[...] = source, target, values
+            np.multiply(np.abs(values, out=to_share), factor, out=to_share)
         ids = pd.CategoricalDtype(self._ids)
-        columns: dict[str, Any] = {
+        frame: dict[str, Any] = {
             name: pd.Categorical.from_codes(values, dtype=ids, validate=False)
             for name, values in ends.items()
         }
-        return pd.DataFrame({**columns, "weight": weight, "share": share}, copy=False)
+        return pd.DataFrame({**frame, "weight": weight, "share": share}, copy=False)
 
     def edges_by_head(self) -> pd.DataFrame:
         """Edges into attention features with one row per head; they sum to the edge. ``head`` is

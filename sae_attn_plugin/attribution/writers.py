@@ -67,6 +67,103 @@ class WriterVectors:
     def shape(self) -> tuple[int, int]:
         return len(self), self.rows.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.rows, self.row, self.strength) if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def views(self) -> bool:
+        """Whether a slice of it is there already, and costs nothing."""
+        return self.row is None
+
+    def gather(
+        self, key: Int[Tensor, " n"], out: Float[Tensor, "n d_model"]
+    ) -> Float[Tensor, "n d_model"]:
+        """``self[key]``, written to ``out``."""
+        if self.row is None or self.strength is None:
+            return torch.index_select(self.rows, 0, key, out=out)
+        torch.index_select(self.rows, 0, self.row[key], out=out)
+        return out.mul_(self.strength[key, None])
+
+    def whole(self) -> WriterVectors:
+        """With every row in memory."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class LeanVectors:
+    """As :class:`WriterVectors`, with the rows of features made from their dictionaries whenever
+    they are asked for: for prompts and models whose rows would not fit in memory.
+
+    Attributes:
+        parts: by number; a tensor ``[row, d_model]``, or a function from features ``[n]`` to their
+            rows ``[n, d_model]``. Neither is centred.
+        part: ``[writer]``, the number of each writer's part; row: ``[writer]``, its row there, or
+            its feature; strength: ``[writer]``.
+        centred: rows are centred on their way out.
+    """
+
+    parts: tuple[Tensor | Callable[[Tensor], Tensor], ...]
+    part: Int[Tensor, " writer"]
+    row: Int[Tensor, " writer"]
+    strength: Float[Tensor, " writer"]
+    d_model: int
+    centred: bool
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, key: int | slice | Tensor) -> Float[Tensor, "... d_model"]:
+        if isinstance(key, slice):
+            key = torch.arange(len(self), device=self.device)[key]
+        if isinstance(key, int) or key.ndim == 0:
+            return self[torch.as_tensor([int(key)], device=self.device)][0]
+        return self.gather(key, self.strength.new_empty(len(key), self.d_model))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.d_model
+
+    @property
+    def nbytes(self) -> int:
+        held = [part for part in self.parts if isinstance(part, Tensor)]
+        return sum(t.nbytes for t in (*held, self.part, self.row, self.strength))
+
+    @property
+    def device(self) -> torch.device:
+        return self.row.device
+
+    @property
+    def views(self) -> bool:
+        return False
+
+    def gather(
+        self, key: Int[Tensor, " n"], out: Float[Tensor, "n d_model"]
+    ) -> Float[Tensor, "n d_model"]:
+        """``self[key]``, written to ``out``."""
+        part, row = self.part[key], self.row[key]
+        for number, rows in enumerate(self.parts):
+            at = (part == number).nonzero()[:, 0]
+            if not len(at):
+                continue
+            if isinstance(rows, Tensor):
+                found = rows[row[at]]
+            else:  # a feature that is active at several of these places is made once
+                features, inverse = row[at].unique(return_inverse=True)
+                found = rows(features)[inverse]
+            out.index_copy_(0, at, found)
+        if self.centred:
+            out -= out.mean(-1, keepdim=True)
+        return out.mul_(self.strength[key, None])
+
+    def whole(self) -> WriterVectors:
+        """With every row in memory."""
+        return WriterVectors(self[:])
+
 
 @dataclass(frozen=True)
 class WriterTable:
@@ -86,7 +183,7 @@ class WriterTable:
         means: ``[writer]``, what centring took from each coordinate; None where nothing is centred.
     """
 
-    vectors: WriterVectors
+    vectors: WriterVectors | LeanVectors
     kind: np.ndarray
     layer: np.ndarray
     index: np.ndarray
@@ -154,9 +251,15 @@ class WriterTable:
 
     def full(self, rows: np.ndarray) -> Float[Tensor, "row d_model"]:
         """Writers as they stand in the residual stream, before centring."""
-        index = torch.from_numpy(rows.astype(np.int64)).to(self.vectors.rows.device)
+        index = torch.from_numpy(rows.astype(np.int64)).to(self.vectors.device)
         vectors = self.vectors[index]
         return vectors if self.means is None else vectors + self.means[index][:, None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors and arrays."""
+        arrays = (value for value in vars(self).values() if isinstance(value, np.ndarray | Tensor))
+        return self.vectors.nbytes + sum(array.nbytes for array in arrays)
 
     def of_kinds(self, kinds: Iterable[str]) -> np.ndarray:
         """``[writer]``: whether each is of one of these kinds."""
@@ -168,11 +271,12 @@ class _Part:
     """Writers of one kind and layer.
 
     ``vectors`` are ``[row, d_model]``; where ``row`` and ``strength`` are given, writer ``i`` is
-    ``strength[i] * vectors[row[i]]``. A function is called when its rows are placed, so that no
-    two large parts exist at once; ``n_rows`` then says how many it gives.
+    ``strength[i] * vectors[row[i]]``. Of features it is a function from their numbers to their
+    rows, called when those are placed, so that no two large parts exist at once; ``features`` are
+    then those of the rows.
     """
 
-    vectors: Tensor | Callable[[], Tensor]
+    vectors: Tensor | Callable[[Tensor], Tensor]
     kind: str
     position: Tensor
     layer: int = -1
@@ -181,17 +285,27 @@ class _Part:
     pre_activation: Tensor | None = None
     row: Tensor | None = None
     strength: Tensor | None = None
-    n_rows: int = -1
+    features: Tensor | None = None
 
-    def __post_init__(self) -> None:
+    @property
+    def n_rows(self) -> int:
+        given = self.vectors if isinstance(self.vectors, Tensor) else self.features
+        assert given is not None
+        return len(given)
+
+    def make(self) -> Tensor:
+        """``[row, d_model]``."""
         if isinstance(self.vectors, Tensor):
-            self.n_rows = len(self.vectors)
+            return self.vectors
+        assert self.features is not None
+        return self.vectors(self.features)
 
 
 def write_table(
     run: FrozenRun,
     dense_bytes: int = _DENSE_BYTES,
     residuals: Sequence[FrozenResidual] = (),
+    at_most: int | None = None,
 ) -> WriterTable:
     """Collect every writer of a frozen run.
 
@@ -199,6 +313,8 @@ def write_table(
         run: the frozen run.
         residuals: places where an SAE splits the stream itself.
         dense_bytes: above this size, writers with the same direction share a row.
+        at_most: bytes for the vectors; where those would take more, rows of features are made
+            whenever they are asked for. None: no limit.
     """
     everywhere = torch.arange(run.n_positions, device=run.embed.device)
     parts = [_Part(run.embed, "embed", everywhere)]
@@ -210,7 +326,7 @@ def write_table(
             parts += _mlp_parts(number, layer.mlp, everywhere)
     for residual in residuals:
         parts += _residual_parts(residual, everywhere)
-    return _assemble(parts, run, dense_bytes)
+    return _assemble(parts, run, dense_bytes, at_most)
 
 
 def _residual_parts(residual: FrozenResidual, everywhere: Tensor) -> list[_Part]:
@@ -286,8 +402,8 @@ def _feature_part(
         strength = strength / post_scale[encoded.position, 0]
     dtype = encoded.activation.dtype
 
-    def directions() -> Tensor:
-        rows = dictionary.decoder(unique, dtype)
+    def directions(features: Tensor) -> Tensor:
+        rows = dictionary.decoder(features, dtype)
         if W_O is not None:
             rows = rows.flatten(-2) @ W_O
         return rows if post_norm is None else post_norm.linear(rows, rows.new_ones(()))
@@ -302,7 +418,7 @@ def _feature_part(
         encoded.pre_activation,
         row=inverse,
         strength=strength,
-        n_rows=len(unique),
+        features=unique,
     )
 
 
@@ -326,7 +442,9 @@ def _mlp_parts(number: int, mlp: FrozenMlp, everywhere: Tensor) -> list[_Part]:
     return parts
 
 
-def _assemble(parts: list[_Part], run: FrozenRun, dense_bytes: int) -> WriterTable:
+def _assemble(
+    parts: list[_Part], run: FrozenRun, dense_bytes: int, at_most: int | None
+) -> WriterTable:
     def column(get: object, fill: float, dtype: type) -> np.ndarray:
         columns = []
         for part in parts:
@@ -343,7 +461,7 @@ def _assemble(parts: list[_Part], run: FrozenRun, dense_bytes: int) -> WriterTab
     depth = column(_depth, 0, np.int32)
     order = np.lexsort((depth, position))  # stable: features keep their order
     position = position[order]
-    vectors, means = _vectors(parts, order, run, dense_bytes)
+    vectors, means = _vectors(parts, order, run, dense_bytes, at_most)
     return WriterTable(
         vectors=vectors,
         kind=column(lambda part: _CODE[part.kind], 0, np.int8)[order],
@@ -359,17 +477,24 @@ def _assemble(parts: list[_Part], run: FrozenRun, dense_bytes: int) -> WriterTab
 
 
 def _vectors(
-    parts: list[_Part], order: np.ndarray, run: FrozenRun, dense_bytes: int
-) -> tuple[WriterVectors, Float[Tensor, " writer"] | None]:
+    parts: list[_Part],
+    order: np.ndarray,
+    run: FrozenRun,
+    dense_bytes: int,
+    at_most: int | None,
+) -> tuple[WriterVectors | LeanVectors, Float[Tensor, " writer"] | None]:
     """The vectors of all parts in the table's order, and what centring took from them."""
     device, d_model = run.embed.device, run.embed.shape[1]
-    n_writers = len(order)
-    shared = n_writers * d_model * run.embed.element_size() > dense_bytes
-    n_rows = sum(part.n_rows for part in parts) if shared else n_writers
-    rows = torch.empty(n_rows, d_model, dtype=run.dtype, device=device)
+    n_writers, size = len(order), run.embed.element_size()
     place = np.empty(n_writers, dtype=np.int64)
     place[order] = np.arange(n_writers)
     places = torch.from_numpy(place).to(device)
+    limit = dense_bytes if at_most is None else min(dense_bytes, at_most)
+    shared = n_writers * d_model * size > limit
+    n_rows = sum(part.n_rows for part in parts) if shared else n_writers
+    if shared and at_most is not None and n_rows * d_model * size + n_writers * 12 > at_most:
+        return _lean_vectors(parts, places, run)
+    rows = torch.empty(n_rows, d_model, dtype=run.dtype, device=device)
     row = torch.empty(n_writers if shared else 0, dtype=torch.int64, device=device)
     strength = torch.ones(len(row), dtype=run.dtype, device=device)
     means = torch.zeros(n_writers, dtype=run.dtype, device=device)
@@ -377,16 +502,12 @@ def _vectors(
     for part in parts:
         at = places[writer : writer + len(part.position)]
         writer += len(at)
-        vectors = part.vectors if isinstance(part.vectors, Tensor) else part.vectors()
+        vectors = part.make()
         # Centring is symmetric, so it moves from every reader to the writers, once.
         if run.normalization == "layer":
             mean = vectors.mean(-1)
             vectors = vectors - mean[:, None]
-            means[at] = (
-                mean
-                if part.row is None or part.strength is None
-                else mean[part.row] * part.strength
-            )
+            means[at] = _of_writers(part, mean)
         if shared:
             rows[filled : filled + len(vectors)] = vectors
             own = torch.arange(len(vectors), device=device) if part.row is None else part.row
@@ -400,6 +521,51 @@ def _vectors(
             rows[at] = vectors[part.row].mul_(part.strength[:, None])
     found = WriterVectors(rows, row, strength) if shared else WriterVectors(rows)
     return found, means if run.normalization == "layer" else None
+
+
+def _of_writers(part: _Part, values: Tensor) -> Tensor:
+    """``[writer]`` from ``[row]``."""
+    if part.row is None or part.strength is None:
+        return values
+    return values[part.row] * part.strength
+
+
+def _lean_vectors(
+    parts: list[_Part], places: Tensor, run: FrozenRun
+) -> tuple[LeanVectors, Float[Tensor, " writer"] | None]:
+    """:func:`_vectors` without rows of features."""
+    n_writers, device, centred = len(places), run.embed.device, run.normalization == "layer"
+    number = torch.empty(n_writers, dtype=torch.int16, device=device)
+    row = torch.empty(n_writers, dtype=torch.int32, device=device)
+    strength = torch.ones(n_writers, dtype=run.dtype, device=device)
+    means = torch.zeros(n_writers if centred else 0, dtype=run.dtype, device=device)
+    writer = 0
+    for i, part in enumerate(parts):
+        at = places[writer : writer + len(part.position)]
+        writer += len(at)
+        number[at] = i
+        if isinstance(part.vectors, Tensor):
+            own = torch.arange(part.n_rows, device=device)
+            row[at] = (own if part.row is None else part.row).int()
+        else:
+            assert part.index is not None
+            row[at] = part.index.int()
+        if part.strength is not None:
+            strength[at] = part.strength
+        if centred:
+            means[at] = _of_writers(part, _means(part))
+    vectors = LeanVectors(
+        tuple(part.vectors for part in parts), number, row, strength, run.embed.shape[1], centred
+    )
+    return vectors, means if centred else None
+
+
+def _means(part: _Part, at_once: int = 1024) -> Tensor:
+    """The mean coordinate of each row, ``[row]``, some rows at a time."""
+    if isinstance(part.vectors, Tensor):
+        return part.vectors.mean(-1)
+    assert part.features is not None
+    return torch.cat([part.vectors(some).mean(-1) for some in part.features.split(at_once)])
 
 
 def _depth(part: _Part) -> int:

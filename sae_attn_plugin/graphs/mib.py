@@ -274,7 +274,7 @@ def _readers(
             run.frozen.layers[node.layer],
             torch.tensor([node.feature], device=device),
             torch.tensor([node.position], device=device),
-        )
+        ).part()
         heads, weights = one.heads[0], one.weights[0]
         ends = [f"a{node.layer}.h{h}<v>" for h in range(len(heads))]
         return ends, lambda position: heads * weights[:, position, None]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from sae_attn_plugin.attribution.table import Attribution
+    from sae_attn_plugin.attribution.writers import WriterTable
 
 FORMAT = "sae-attn"
 VERSION = 1
@@ -269,7 +270,7 @@ def _pack_attribution(content: Attribution, heads: bool) -> tuple[Any, dict[str,
                 [number, plain(p, "probability")] for number, p in content.probabilities.items()
             ],
             "flow": _pack_fields("flow", content.flow, tensors),
-            "writers": _pack_fields("writers", content.writers, tensors),
+            "writers": _pack_fields("writers", _whole(content.writers), tensors),
             "heads": None,
         }
     except Damaged as error:
@@ -281,6 +282,11 @@ def _pack_attribution(content: Attribution, heads: bool) -> tuple[Any, dict[str,
             split = content.head_split(layer, feature, position, source)
             tensors[f"heads.{layer}"] = _tensor(split)
     return document, tensors
+
+
+def _whole(writers: WriterTable) -> WriterTable:
+    """With the vectors in memory, as they go into the file."""
+    return dataclasses.replace(writers, vectors=writers.vectors.whole())
 
 
 def _pack_fields(what: str, value: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
