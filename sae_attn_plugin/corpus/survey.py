@@ -181,7 +181,7 @@ def load_survey(folder: str | Path) -> Survey:
 
 
 def survey(
-    lens: FeatureLens,
+    lens: FeatureLens | Callable[[], FeatureLens],
     data: Tensor | Sequence[Any] | Batches | str | Path,
     folder: str | Path,
     *,
@@ -198,6 +198,10 @@ def survey(
     cofiring: int = 10,
     logits: int = 10,
     checkpoint_every: int = 100,
+    workers: int = 0,
+    shards: int | None = None,
+    address: str | None = None,
+    ray_options: Mapping[str, Any] | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> Survey:
@@ -207,7 +211,8 @@ def survey(
     number of features times ``keep + sample``, and by ``positions``, whatever the corpus' length.
 
     Args:
-        lens: a model with SAEs on z.
+        lens: a model with SAEs on z; with ``workers``, a function without arguments that makes it,
+            such as a :class:`~sae_attn_plugin.corpus.shards.LensRecipe`.
         data: token ids ``[row, position]``; a list of texts or of rows of token ids; a function
             without arguments that gives batches ``[row, position]`` one after another, the same
             each time it is called; or what :func:`~sae_attn_plugin.corpus.rows.row_stream` reads: a
@@ -228,6 +233,12 @@ def survey(
             :func:`~sae_attn_plugin.evaluate`.
         cofiring: partners kept of each feature; logits: tokens kept on each side.
         checkpoint_every: batches between writes of the state.
+        workers: tasks of Ray that share the work, each with a model of its own; 0: this process
+            alone. Counts and samples are the same either way, sums up to rounding.
+        shards: parts of the corpus, with workers; default: four for each worker, and of data whose
+            length is not known parts of 64 batches.
+        address: of a Ray cluster; default: this machine. ray_options: of Ray's tasks, such as
+            ``{"num_gpus": 1}``.
         resume: go on where an earlier call of the same settings and data was stopped; False: start
             anew.
         progress: show a progress bar.
@@ -240,6 +251,16 @@ def survey(
         UnsupportedError: an SAE that does not read z.
         FileError: a folder that holds something else, or a survey of other settings.
     """
+    make_lens = None
+    if callable(lens):
+        make_lens, lens = lens, lens()
+    if workers and make_lens is None:
+        raise InputError(
+            "with workers=, give a function that makes the lens instead of the lens: every worker "
+            "makes its own (sae_attn_plugin.corpus.shards.LensRecipe is such a function)"
+        )
+    if not workers and (shards, address, ray_options) != (None, None, None):
+        raise InputError("shards=, address= and ray_options= go with workers=")
     plan = make_plan(
         lens,
         layers=layers,
@@ -260,6 +281,14 @@ def survey(
     work = Work(Path(folder), plan.settings, resume)
     if work.finished is not None:
         return work.finished
+    work.check_kind(bool(workers))
+    if make_lens is not None and workers:
+        from sae_attn_plugin.corpus.shards import survey_shards
+
+        return survey_shards(
+            make_lens, plan, corpus, work, workers=workers, shards=shards, address=address,
+            ray_options=ray_options, progress=progress,
+        )  # fmt: skip
     sketch = plan.sketch()
     gather = plan.gatherer()
     spool = Spool(work.folder / "tokens.bin", corpus.context)
@@ -526,12 +555,8 @@ class Spool:
     def __init__(self, path: Path, context: int, first_row: int = 0) -> None:
         self.path, self.context, self.first_row = path, context, first_row
         self.n_rows = 0
-        self._digest = hashlib.sha256()
-
-    @property
-    def digest(self) -> str:
-        """Of all rows so far."""
-        return self._digest.hexdigest()
+        self.digest = hashlib.sha256().hexdigest()  # of all rows so far
+        self._hash = hashlib.sha256()
 
     def start(self, n_rows: int = 0, digest: str | None = None) -> None:
         """Go on after so many rows."""
@@ -549,8 +574,9 @@ class Spool:
             FileError: other rows than that pass read.
         """
         for row in itertools.islice(rows, n_rows):
-            self._digest.update(_bytes(row))
+            self._hash.update(_bytes(row))
             self.n_rows += 1
+        self.digest = self._hash.hexdigest()
         if n_rows and (self.n_rows, self.digest) != self._expected:
             raise FileError(
                 f"the survey in {self.path.parent.parent} was begun on other data: its first "
@@ -560,7 +586,8 @@ class Spool:
 
     def append(self, tokens: Int[Tensor, "row pos"]) -> None:
         data = _bytes(tokens)
-        self._digest.update(data)
+        self._hash.update(data)
+        self.digest = self._hash.hexdigest()
         with open(self.path, "ab") as file:
             file.write(data)
         self.n_rows += len(tokens)
@@ -598,7 +625,7 @@ class Work:
         elif self.folder.exists():
             path = self.folder / "settings.json"
             if path.exists():
-                self._same(_read_json(path), "holds an unfinished survey")
+                self._same(read_json(path), "holds an unfinished survey")
         elif folder.exists() and any(folder.iterdir()):
             raise FileError(f"{folder} is not empty and holds no survey; give another folder")
         if self.finished is None:
@@ -606,7 +633,7 @@ class Work:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise FileError(f"cannot write to {folder}: {error.strerror}") from error
-            _write_json(self.folder / "settings.json", self.settings)
+            write_json(self.folder / "settings.json", self.settings)
 
     def _forget(self) -> None:
         """Remove what an earlier survey left, and nothing else."""
@@ -625,13 +652,24 @@ class Work:
                 "start anew"
             )
 
+    def check_kind(self, sharded: bool) -> None:
+        """Refuse to go on with workers where the work was begun without, and the other way."""
+        if (self.folder / ("checkpoint.json" if sharded else "shards.json")).exists():
+            began, here = (
+                ("without", "leave workers= out") if sharded else ("with", "give workers=")
+            )
+            raise FileError(
+                f"the unfinished survey in {self.root} was begun {began} workers; {here}, or "
+                "resume=False to start anew"
+            )
+
     def restore(self, sketch: Sketch, spool: Spool) -> int:
         """Bring back the state of an earlier pass; returns how many rows it has seen."""
         path = self.folder / "checkpoint.json"
         if not path.exists():
             spool.start()
             return 0
-        facts = _read_json(path)
+        facts = read_json(path)
         load_sketch(self.folder, facts["generation"], sketch, facts["sketch"])
         spool.start(facts["rows"], facts["digest"])
         return facts["rows"]
@@ -639,16 +677,16 @@ class Work:
     def save(self, sketch: Sketch, spool: Spool) -> None:
         """Write the state; an earlier one stays until this one is whole."""
         path = self.folder / "checkpoint.json"
-        before = _read_json(path)["generation"] if path.exists() else -1
+        before = read_json(path)["generation"] if path.exists() else -1
         generation = before + 1
-        save_sketch(self.folder, generation, sketch)
+        save_sketch(self.folder, generation, sketch.parts())
         facts = {
             "generation": generation,
             "rows": spool.n_rows,
             "digest": spool.digest,
             "sketch": sketch.facts(),
         }
-        _write_json(path, facts)
+        write_json(path, facts)
         for old in self.folder.glob("*.safetensors"):
             if old.stem.split(".")[-1] != str(generation):
                 old.unlink()
@@ -658,11 +696,13 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def save_sketch(folder: Path, generation: int, sketch: Sketch) -> None:
-    """Write a sketch, one file for each part."""
+def save_sketch(
+    folder: Path, generation: int, parts: Iterable[tuple[str, Mapping[str, np.ndarray]]]
+) -> None:
+    """Write the parts of a sketch, one file for each."""
     from safetensors.numpy import save
 
-    for name, arrays in sketch.parts():
+    for name, arrays in parts:
         contiguous = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
         path = folder / f"{name}.{generation}.safetensors"
         write_atomically(path, lambda file, held=contiguous: file.write(save(held)))
@@ -685,14 +725,14 @@ def load_sketch(folder: Path, generation: int, sketch: Sketch, facts: Mapping[st
         setattr(sketch, name, value)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise FileError(f"{path} is damaged ({error}); resume=False starts anew") from error
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -789,6 +829,6 @@ def finish(
         "quantile_relative_error": RELATIVE_ERROR,
         "bins_per_octave": BINS_PER_OCTAVE,
     }
-    _write_json(folder / _FACTS, facts)
+    write_json(folder / _FACTS, facts)
     work.clean()
     return load_survey(folder)
