@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sae_attn_plugin.errors import FileError
 
-__all__ = ["check_writable", "write_atomically"]
+__all__ = ["check_writable", "read_json", "write_atomically", "write_json"]
 
 
 def check_writable(path: str | Path) -> Path:
@@ -57,6 +58,37 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             raise FileError(f"cannot write {path}: {error.strerror or error}") from error
         raise
     _sync_folder(real.parent)
+
+
+def write_json(path: str | Path, document: Any, *, indent: int | None = 1) -> None:
+    """Write a value as JSON, whole or not at all.
+
+    Raises:
+        FileError: the file cannot be written. ValueError: NaN or infinity.
+    """
+    text = json.dumps(document, indent=indent, allow_nan=False)
+    write_atomically(path, lambda file: file.write(f"{text}\n".encode("ascii")))
+
+
+def read_json(path: str | Path, what: str, format: str | None = None) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        what: it is, for messages. format: what its ``format`` must be.
+
+    Raises:
+        FileError: missing, damaged, or something else.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged or holds no {what}: {error}") from error
+    if not isinstance(document, dict) or (format and document.get("format") != format):
+        expected = "a JSON object" if format is None else f"JSON with format {format!r}"
+        raise FileError(f"{path} holds no {what}; expected {expected}")
+    return document
 
 
 def _sync_folder(folder: Path) -> None:

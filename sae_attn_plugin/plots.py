@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-__all__ = ["bars", "heat_map", "scatter"]
+__all__ = ["bars", "heat_map"]
 
 _POSITIVE, _NEGATIVE, _NEUTRAL, _INK = "#0072B2", "#D55E00", "#8C8C96", "#222222"
 
@@ -27,6 +27,12 @@ def canvas(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
         figure = ax.get_figure(root=True)
         assert figure is not None
         return figure, ax
+    figure = blank(width, height)
+    return figure, figure.subplots()
+
+
+def blank(width: float, height: float) -> Figure:
+    """A figure of this many inches that notebooks show and pyplot knows nothing of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,7 +46,7 @@ def canvas(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
 
     figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure
 
 
 def diverging() -> LinearSegmentedColormap:
@@ -142,36 +148,4 @@ def bars(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     label(axes.set_title, words([title], 120)[0], fontsize=10, loc="left")
-    return figure
-
-
-def scatter(
-    panels: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]],
-    *,
-    x: str,
-    y: str,
-) -> Figure:
-    """Panels of ``(title, x values, y values, group of each point)`` with the line of equality."""
-    from sae_attn_plugin.graphs.picture import STYLES
-
-    figure, first = canvas(None, 4.6 * len(panels), 4.3)
-    first.remove()
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, across, up, groups) in zip(all_axes, panels, strict=True):
-        ends = [min(across.min(), up.min()), max(across.max(), up.max())]
-        axes.plot(ends, ends, color=_NEUTRAL, linewidth=0.9, zorder=1)
-        for kind in dict.fromkeys(groups):
-            chosen = np.array([group == kind for group in groups])
-            marker, fill, shown = STYLES.get(kind, ("o", _NEUTRAL, kind))
-            axes.scatter(
-                across[chosen], up[chosen], s=22, marker=marker, color=fill, edgecolors=_INK,
-                linewidths=0.5, alpha=0.85, label=shown, zorder=2,
-            )  # fmt: skip
-        axes.set_title(title, fontsize=9, loc="left")
-        axes.set_xlabel(x, fontsize=9)
-        axes.tick_params(labelsize=8)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    all_axes[0].set_ylabel(y, fontsize=9)
-    all_axes[-1].legend(fontsize=7, frameon=False)
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 
 from sae_attn_plugin.errors import FileError, InputError
 from sae_attn_plugin.geometries import known_heads, plain_name
+from sae_attn_plugin.io import read_json
 from sae_attn_plugin.registration import (
     DEMO_MODEL_NAME,
     DEMO_RELEASE,
@@ -159,7 +159,7 @@ def _disk_config(
         raise FileError(f"the release {repo_id!r} is not where it was: no file {missing[0]}")
     if path.suffix == ".pt":
         return _paper_dict(_config_beside(path), device, cfg_overrides)
-    config = _read_json(path / "cfg.json")
+    config = read_json(path / "cfg.json", "SAE configuration")
     return {**config, "device": device, **(cfg_overrides or {})}
 
 
@@ -232,7 +232,7 @@ def _find(repo_id: str, path: str, force_download: bool) -> str:
         )
     )
     seen = {
-        str(file.relative_to(folder)): _read_json(file)
+        str(file.relative_to(folder)): read_json(file, "SAE configuration")
         for file in sorted(folder.rglob("*_cfg.json"))
     }
     hits = [
@@ -250,16 +250,9 @@ def _find(repo_id: str, path: str, force_download: bool) -> str:
     return f"{hits[0].removesuffix('_cfg.json')}.pt"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot read {path}: {error}") from error
-
-
 def _paper_dict(path: Path, device: str, overrides: dict[str, Any] | None) -> dict[str, Any]:
     """A ``_cfg.json`` of Kissane et al. as a sae_lens configuration."""
-    found = _read_json(path)
+    found = read_json(path, "SAE configuration")
     needed = ("act_name", "act_size", "dict_size", "model_name")
     if missing := [name for name in needed if name not in found]:
         raise FileError(f"{path.name} is no SAE configuration: it has no {missing[0]!r}")
@@ -357,7 +350,7 @@ def _d_sae(lookup: PretrainedSAELookup, path: str) -> int | None:
     if match := re.search(r"LXA-(\d+)x", lookup.repo_id):
         return 4096 * int(match.group(1))
     config = Path(path) / "cfg.json"
-    return _read_json(config)["d_sae"] if config.is_file() else None
+    return read_json(config, "SAE configuration")["d_sae"] if config.is_file() else None
 
 
 def releases(*, by_sae: bool = False) -> pd.DataFrame:

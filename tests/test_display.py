@@ -127,7 +127,7 @@ def test_plots_hold_the_numbers(results: dict[str, Any]) -> None:
     assert sum(widths[:-1]) == pytest.approx(widths[-1], abs=1e-4)
     assert widths[-1] == pytest.approx(float(attribution.ledger["value"].iloc[0]))
     panels = results["validation"].plot().axes
-    assert len(panels) == 2
+    assert [axes.get_title() for axes in panels] == ["frozen", "free", "random"]
     points = np.concatenate([c.get_offsets() for c in panels[0].collections])
     assert len(points) == len(results["validation"].frozen.table)
     assert np.allclose(points[:, 0], points[:, 1], atol=1e-4)

@@ -144,7 +144,7 @@ def test_a_report_is_written(lens: Any, ioi: Any, graph: Any, tmp_path: Any) -> 
     data = json.loads(found.save(tmp_path / "report.json").read_text())
     assert data["cpr"] == found.cpr
     assert len(data["curve"]) == 3
-    assert found.save(tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert found.save(tmp_path / "curve.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_does_not_fit(lens: Any, ioi: Any, graph: Any) -> None:

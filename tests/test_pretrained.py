@@ -180,7 +180,7 @@ def test_a_config_that_is_none(hub: Path) -> None:
     with pytest.raises(sap.FileError, match="is no SAE configuration: it has no 'act_name'"):
         SAE.from_pretrained(GELU, "blocks.1.hook_z")
     config.write_text("{")
-    with pytest.raises(sap.FileError, match="cannot read"):
+    with pytest.raises(sap.FileError, match="is damaged or holds no SAE configuration"):
         SAE.from_pretrained(GELU, "blocks.1.hook_z")
 
 

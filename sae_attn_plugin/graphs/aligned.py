@@ -5,7 +5,6 @@ Attributions are taken in one by one and only their edges by role are kept.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from sae_attn_plugin.errors import FileError, InputError
-from sae_attn_plugin.io import write_atomically
+from sae_attn_plugin.io import read_json, write_json
 from sae_attn_plugin.nodes import TARGET_KINDS, Node
 
 if TYPE_CHECKING:
@@ -216,8 +215,7 @@ class AlignedAttribution:
                 "weight": self.weight.tolist(),
             },
         }
-        data = json.dumps(document, allow_nan=False).encode("utf-8")
-        write_atomically(path, lambda file: file.write(data))
+        write_json(path, document, indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> AlignedAttribution:
@@ -226,14 +224,7 @@ class AlignedAttribution:
         Raises:
             FileError: missing, foreign or damaged.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(f"cannot read {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise FileError(f"{path} is no JSON: {error}") from error
-        if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise FileError(f"{path} holds no aligned attribution of this package")
+        document = read_json(path, "aligned attribution of this package", _FORMAT)
         if document.get("version") != 1:
             raise FileError(f"{path} has version {document.get('version')!r}; known: 1")
         try:

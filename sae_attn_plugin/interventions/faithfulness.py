@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from sae_attn_plugin.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.figure import Figure
 
     from sae_attn_plugin.dictionaries import Dictionary
     from sae_attn_plugin.lens import Dataset, FeatureLens, Run
@@ -94,17 +94,15 @@ class Faithfulness:
         Raises:
             InputError: another ending. FileError: a place that cannot be written.
         """
-        from sae_attn_plugin.io import check_writable, write_atomically
+        from sae_attn_plugin.interventions.pictures import save
 
-        path = check_writable(path)
-        if path.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-            write_atomically(path, lambda file: file.write(text.encode()))
-        else:
-            from sae_attn_plugin.interventions.pictures import curve
+        return save(self, path)
 
-            curve(self, path)
-        return path
+    def plot(self) -> Figure:
+        """Faithfulness of ever larger parts of the circuit, with its interval."""
+        from sae_attn_plugin.interventions.pictures import curve
+
+        return curve(self)
 
 
 def faithfulness(

@@ -4,54 +4,59 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.io import check_writable, write_atomically, write_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from sae_attn_plugin.interventions.faithfulness import Faithfulness
     from sae_attn_plugin.interventions.validate import Agreement, Validation
 
-_COLOURS = {
-    "embed": "#7f7f7f",
-    "pos": "#bcbd22",
-    "attn": "#1f77b4",
-    "attn_err": "#d62728",
-    "attn_bias": "#9467bd",
-    "head": "#17becf",
-    "mlp": "#ff7f0e",
-}
 _LEAST = 1e-12
 
 
-def figure(panels: int, width: float = 4.2, height: float = 4.2) -> tuple[Any, list[Any]]:
-    """A figure that needs no display, and its axes: side by side, in two rows from three on."""
-    from matplotlib.figure import Figure
+class Report(Protocol):
+    """A result that is JSON and a picture."""
 
-    rows = 1 if panels < 3 else 2
+    def to_dict(self) -> dict[str, Any]: ...
+    def plot(self) -> Figure: ...
+
+
+def save(report: Report, path: str | Path) -> Path:
+    """Write a report: ``.json``, or its picture as ``.png``, ``.svg`` or ``.pdf``; whole or not.
+
+    Raises:
+        InputError: another ending. FileError: a place that cannot be written.
+    """
+    path = check_writable(path)
+    kind = path.suffix.removeprefix(".").lower()
+    if kind == "json":
+        write_json(path, report.to_dict())
+    elif kind in ("png", "svg", "pdf"):
+        made = report.plot()
+        write_atomically(path, lambda file: made.savefig(file, format=kind, dpi=150))
+    else:
+        raise InputError(f"{path.name}: expected a file that ends in .json, .png, .svg or .pdf")
+    return path
+
+
+def figure(panels: int, width: float = 4.2, height: float = 4.2) -> tuple[Any, list[Any]]:
+    """A figure that needs no display, and its axes: side by side, in two rows from four on."""
+    from sae_attn_plugin.plots import blank
+
+    rows = 1 if panels < 4 else 2
     columns = -(-panels // rows)
-    made = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    made = blank(width * columns, height * rows)
     axes = list(made.subplots(rows, columns, squeeze=False).flat)
     for empty in axes[panels:]:
         empty.set_axis_off()
     return made, axes[:panels]
 
 
-def save(made: Any, path: Path) -> None:
-    """Write a figure whole or not at all.
-
-    Raises:
-        InputError: an ending that is no picture's.
-    """
-    from sae_attn_plugin.io import write_atomically
-
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in ("png", "svg", "pdf"):
-        raise InputError(f"{path.name}: expected a file that ends in .json, .png, .svg or .pdf")
-    write_atomically(path, lambda file: made.savefig(file, format=kind, dpi=150))
-
-
-def scatter(validation: Validation, path: Path) -> None:
+def scatter(validation: Validation) -> Figure:
     """Measured against predicted effects of every edge, one panel per condition."""
     parts = validation.parts()
     made, axes = figure(len(parts))
@@ -67,16 +72,19 @@ def scatter(validation: Validation, path: Path) -> None:
     made.legend(
         handles, labels, fontsize=8, loc="outside right upper", title="source", markerscale=2
     )
-    save(made, path)
+    return made
 
 
 def _panel(ax: Any, name: str, part: Agreement) -> None:
+    from sae_attn_plugin.graphs.picture import STYLES
+
     table = part.table
     for kind, rows in table.groupby("kind"):
-        colour = _COLOURS.get(str(kind), "#8c564b")
+        marker, fill, shown = STYLES.get(str(kind), ("o", "#8C8C96", str(kind)))
         ax.scatter(
-            rows["predicted"], rows["measured"], s=9, alpha=0.6, color=colour, lw=0, label=str(kind)
-        )
+            rows["predicted"], rows["measured"], s=18, marker=marker, color=fill,
+            edgecolors="#222222", linewidths=0.4, alpha=0.8, label=shown,
+        )  # fmt: skip
     largest = max(float(table[["predicted", "measured"]].abs().max().max()), _LEAST) * 1.08
     ax.plot([-largest, largest], [-largest, largest], color="black", lw=0.7, zorder=0)
     small = float(table[["predicted", "measured"]].abs().stack().median())
@@ -85,29 +93,32 @@ def _panel(ax: Any, name: str, part: Agreement) -> None:
     ax.set_xlim(-largest, largest)
     ax.set_ylim(-largest, largest)
     ax.set_aspect("equal")
-    _few_ticks(ax, largest / 1.08)
+    _few_ticks(ax, largest / 1.08, small)
     ax.set_title(name, fontsize=10)
     ax.text(
         *(0.03, 0.97, f"R2 {part.r2:.3f}, signs {part.sign_agreement:.0%}\n{len(table)} edges"),
         **{"transform": ax.transAxes, "va": "top", "fontsize": 8},
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
     )
     ax.set_xlabel("predicted: minus the edge", fontsize=9)
     ax.set_ylabel("measured on the model", fontsize=9)
     ax.tick_params(labelsize=8)
 
 
-def _few_ticks(ax: Any, largest: float) -> None:
-    """Zero and two powers of ten on each side, so that labels have room."""
+def _few_ticks(ax: Any, largest: float, small: float) -> None:
+    """Zero and one or two powers of ten on each side, so that labels have room."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     top = math.floor(math.log10(largest))
-    ticks = [0.0] + [sign * 10.0**power for power in (top - 1, top) for sign in (1, -1)]
+    # below the linear part's end a power of ten stands next to zero
+    powers = [10.0**power for power in (top - 1, top) if power == top or 10.0**power > small]
+    ticks = [0.0, *powers, *(-power for power in powers)]
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_minor_locator(NullLocator())
 
 
-def curve(faithfulness: Faithfulness, path: Path) -> None:
+def curve(faithfulness: Faithfulness) -> Figure:
     """Faithfulness of ever larger parts of a circuit, with its interval."""
     made, axes = figure(1, 5.2, 3.8)
     ax, table = axes[0], faithfulness.curve
@@ -118,4 +129,4 @@ def curve(faithfulness: Faithfulness, path: Path) -> None:
     ax.set_xlabel("share of the circuit kept")
     ax.set_ylabel("faithfulness")
     ax.set_title(f"CPR {faithfulness.cpr:.3f}, CMD {faithfulness.cmd:.3f}", fontsize=9)
-    save(made, path)
+    return made

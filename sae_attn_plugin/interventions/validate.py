@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,29 +172,16 @@ class Validation:
         Raises:
             InputError: another ending. FileError: a place that cannot be written.
         """
-        from sae_attn_plugin.io import check_writable, write_atomically
+        from sae_attn_plugin.interventions.pictures import save
 
-        path = check_writable(path)
-        if path.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-            write_atomically(path, lambda file: file.write(text.encode()))
-        else:
-            from sae_attn_plugin.interventions.pictures import scatter
-
-            scatter(self, path)
-        return path
+        return save(self, path)
 
     def plot(self) -> Figure:
-        """Predicted against measured effects of every edge, frozen and free, by kind of source."""
-        from sae_attn_plugin.plots import scatter
+        """Measured against predicted effects of every edge, one panel per condition, by kind of
+        source."""
+        from sae_attn_plugin.interventions.pictures import scatter
 
-        panels = []
-        for name, part in (("all else held", self.frozen), ("everything live", self.free)):
-            frame = part.table
-            predicted, measured = frame["predicted"].to_numpy(), frame["measured"].to_numpy()
-            title = f"{name}: R² {part.r2:.4f}, max error {part.max_error:.1e}"
-            panels.append((title, predicted, measured, frame["kind"].tolist()))
-        return scatter(panels, x="predicted by the edge", y="measured on the model")
+        return scatter(self)
 
     def _repr_html_(self) -> str:
         from sae_attn_plugin import display

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from sae_attn_plugin.errors import FileError, InputError
-from sae_attn_plugin.io import write_atomically
+from sae_attn_plugin.io import read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,8 +66,7 @@ class Study:
                 for name, table in self.tables.items()
             },
         }
-        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_json(path, document)
 
     def _repr_html_(self) -> str:
         import html
@@ -87,14 +85,7 @@ def load_study(path: str | Path) -> Study:
     Raises:
         FileError: missing, damaged, or not a study.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise FileError(f"{path} is damaged or no study: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise FileError(f"{path} is no study; expected JSON with format {_FORMAT!r}")
+    document = read_json(path, "study", _FORMAT)
     try:
         if not isinstance(document["name"], str) or not isinstance(document["settings"], dict):
             raise TypeError("its name or its settings are of another type")
