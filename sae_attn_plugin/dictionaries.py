@@ -799,6 +799,28 @@ def _with_density(sae: Any, folder: Path) -> Any:
     return sae
 
 
+def chosen_layers(
+    dictionaries: Mapping[int, Dictionary], layers: Iterable[int] | None = None
+) -> list[int]:
+    """The layers asked for, in order; None: all that have a dictionary.
+
+    Raises:
+        InputError: none, or one without a dictionary.
+    """
+    if not dictionaries:
+        raise InputError("the lens has no attention SAEs")
+    known = sorted(dictionaries)
+    chosen = known if layers is None else sorted({int(layer) for layer in layers})
+    if not chosen:
+        raise InputError("no layers given; expected at least one")
+    if missing := [str(layer) for layer in chosen if layer not in dictionaries]:
+        raise InputError(
+            f"no SAE in layer{'s' * (len(missing) > 1)} {', '.join(missing)}; layers with one: "
+            + ", ".join(map(str, known))
+        )
+    return chosen
+
+
 def head_attribution(
     sae: Any,
     n_heads: int | None = None,

@@ -60,7 +60,7 @@ def test_the_picture(lens: sap.FeatureLens, windows: torch.Tensor) -> None:
 
 
 def test_bad_input(lens: sap.FeatureLens, windows: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="no SAE in layers"):
+    with pytest.raises(InputError, match="no SAE in layer 8; layers with one"):
         quality(lens, windows, [8])
     with pytest.raises(InputError, match="context"):
         quality(lens, torch.ones(2, 200, dtype=torch.long))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from sae_attn_plugin.lens import FeatureLens
 
 __all__ = ["fired"]
-
-_AT_ONCE = 2**25  # features of positions held dense, 128 MB in float32
 
 
 def fired(
@@ -36,20 +33,12 @@ def fired(
     length = tokens.shape[1]
     found = {}
     for layer in layers:
-        dictionary = lens.dictionaries[layer]
         read = run[sites[layer]].to(device, dtype).flatten(0, 1)
-        parts = {"place": [], "feature": [], "activation": []}
-        step = max(1, _AT_ONCE // dictionary.d_sae)
-        for start in range(0, len(read), step):
-            encoded = dictionary.encode(read[start : start + step])
-            parts["place"].append(encoded.position + start)
-            parts["feature"].append(encoded.feature)
-            parts["activation"].append(encoded.activation)
-        place = torch.cat(parts["place"])
+        encoded = lens.dictionaries[layer].encode(read)
         found[layer] = {
-            "row": place // length,
-            "position": place % length,
-            "feature": torch.cat(parts["feature"]),
-            "activation": torch.cat(parts["activation"]),
+            "row": encoded.position // length,
+            "position": encoded.position % length,
+            "feature": encoded.feature,
+            "activation": encoded.activation,
         }
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,13 +10,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_attn_plugin.backends.protocol import Site
+from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions.datasets import batches
 
 if TYPE_CHECKING:
     from sae_attn_plugin.lens import FeatureLens
     from sae_attn_plugin.tasks.ioi import IOIDataset
 
-__all__ = ["mean_attention"]
+__all__ = ["check_heads", "mean_attention"]
+
+
+def check_heads(lens: FeatureLens, heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """``(layer, head)`` pairs, each once and in order.
+
+    Raises:
+        InputError: one that does not exist.
+    """
+    g = lens.backend.geometry
+    found = sorted({(int(layer), int(head)) for layer, head in heads})
+    for layer, head in found:
+        if not (0 <= layer < g.n_layers and 0 <= head < g.n_heads):
+            raise InputError(
+                f"head {layer}.{head} does not exist: {g.model_name} has layers 0..{g.n_layers - 1}"
+                f" with heads 0..{g.n_heads - 1}"
+            )
+    return found
 
 
 def mean_attention(

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from scipy import sparse
 from torch import Tensor
 
+from sae_attn_plugin.dictionaries import chosen_layers
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.statistics import NOTHING, bootstrap
 from sae_attn_plugin.studies.activations import fired
@@ -77,9 +78,7 @@ def induction_feature(
             windows, a feature that never fires, no feature that fires often enough.
     """
     g = lens.backend.geometry
-    if layer not in lens.dictionaries:
-        known = ", ".join(map(str, lens.dictionaries))
-        raise InputError(f"no SAE in layer {layer}; layers with one: {known}")
+    chosen_layers(lens.dictionaries, [layer])
     d_sae = lens.dictionaries[layer].d_sae
     if feature is not None and not 0 <= feature < d_sae:
         raise InputError(f"feature {feature} does not exist: layer {layer} has 0..{d_sae - 1}")

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from sae_attn_plugin.dictionaries import chosen_layers
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions.datasets import DatasetResult
 from sae_attn_plugin.interventions.edits import AblateError, Edit, PatchEdge
 from sae_attn_plugin.statistics import bootstrap
-from sae_attn_plugin.studies.attention import mean_attention
+from sae_attn_plugin.studies.attention import check_heads, mean_attention
 from sae_attn_plugin.studies.ioi_features import ioi_features
 from sae_attn_plugin.studies.parts import in_parts
 from sae_attn_plugin.studies.result import Study
@@ -78,17 +79,11 @@ def ioi_circuit(
     Raises:
         InputError: a layer without SAE, a head or feature that does not exist, an unknown role.
     """
-    g = lens.backend.geometry
     if role not in ROLES:
         raise InputError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
     check_count(n, "n")
     named = _groups(lens, groups)
-    for layer, head in heads or ():
-        if not (0 <= layer < g.n_layers and 0 <= head < g.n_heads):
-            raise InputError(
-                f"head {layer}.{head} does not exist: {g.model_name} has layers 0..{g.n_layers - 1}"
-                f" with heads 0..{g.n_heads - 1}"
-            )
+    asked = None if heads is None else check_heads(lens, heads)
     data = IOIDataset(n, lens.tokenizer, seed, "mixed", prepend_bos=lens.prepend_bos)
     if features is None:
         table = ioi_features(
@@ -101,11 +96,11 @@ def ioi_circuit(
         if layer not in lens.dictionaries or not 0 <= feature < lens.dictionaries[layer].d_sae:
             raise InputError(f"attn:{layer}:{feature} does not exist in these SAEs")
     attention = mean_attention(lens, data, "END", role)
-    if heads is None:
+    if asked is None:
         lowest = min((layer for layer, _ in chosen), default=0)
         places = (attention >= min_attention).nonzero().tolist()
-        heads = [(layer, head) for layer, head in places if layer > lowest]
-    readers = sorted({(int(layer), int(head)) for layer, head in heads})
+        asked = [(layer, head) for layer, head in places if layer > lowest]
+    readers = check_heads(lens, asked)
 
     sets: list[tuple[str, str, list[Edit]]] = [("clean", "", [])]
     for name, layers in named.items():
@@ -180,17 +175,17 @@ def _edge(feature: tuple[int, int], head: tuple[int, int], role: str) -> PatchEd
 def _groups(
     lens: FeatureLens, groups: Mapping[str, Sequence[int]] | None
 ) -> dict[str, tuple[int, ...]]:
-    known = sorted(lens.dictionaries)
+    known = chosen_layers(lens.dictionaries)
     g = lens.backend.geometry
     if groups is None:
         like_gpt2 = g.n_layers == 12 and g.n_heads == 12 and known == list(range(12))
         groups = GPT2_SMALL if like_gpt2 else {f"layer {layer}": (layer,) for layer in known}
     found = {str(name): tuple(int(x) for x in layers) for name, layers in groups.items()}
     for name, layers in found.items():
-        missing = sorted(set(layers) - set(known))
-        if missing or not layers:
-            which = f"no SAE in layers {missing}" if missing else "it names no layer"
-            raise InputError(f"group {name!r}: {which}; layers with one: {known}")
+        try:
+            chosen_layers(lens.dictionaries, layers)
+        except InputError as error:
+            raise InputError(f"group {name!r}: {error}") from None
     return {**found, "all": tuple(known)}
 
 

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sae_attn_plugin.dictionaries import chosen_layers
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions.datasets import batches
 from sae_attn_plugin.interventions.edits import AblateError, AblateFeature, Edit, PatchSite
@@ -70,10 +71,7 @@ def ioi_features(
     """
     if role not in ROLES:
         raise InputError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
-    chosen = sorted(lens.dictionaries if layers is None else {int(x) for x in layers})
-    if missing := [x for x in chosen if x not in lens.dictionaries]:
-        known = ", ".join(map(str, lens.dictionaries))
-        raise InputError(f"no SAE in layers {missing}; layers with one: {known or 'none'}")
+    chosen = chosen_layers(lens.dictionaries, layers)
     check_count(n, "n")
     data = IOIDataset(n, lens.tokenizer, seed, order, prepend_bos=lens.prepend_bos)
     settings = {

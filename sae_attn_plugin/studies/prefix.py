@@ -30,6 +30,7 @@ from sae_attn_plugin.attribution.frozen import algebra_dtype
 from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.statistics import NOTHING, bootstrap
+from sae_attn_plugin.studies.attention import check_heads
 from sae_attn_plugin.studies.parts import fingerprint, in_parts
 from sae_attn_plugin.studies.result import Study
 from sae_attn_plugin.tasks.induction import InductionDataset, fuzzy_classes, prefix_length
@@ -143,15 +144,9 @@ def _heads(
 ) -> list[Head]:
     g = lens.backend.geometry
     if heads is not None:
-        for layer, head in heads:
-            if not (0 <= layer < g.n_layers and 0 <= head < g.n_heads):
-                raise InputError(
-                    f"head {layer}.{head} does not exist: {g.model_name} has layers 0.."
-                    f"{g.n_layers - 1} with heads 0..{g.n_heads - 1}"
-                )
         if not heads:
             raise InputError("no head given; pass heads=[(layer, head), ...] or None")
-        return sorted({(int(layer), int(head)) for layer, head in heads})
+        return check_heads(lens, heads)
     segment = min(24, (g.n_ctx - with_bos) // 2)
     repeats = InductionDataset.random_repeats(
         64, vocabulary, seed, segment=segment, prepend_bos=with_bos

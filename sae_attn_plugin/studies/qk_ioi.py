@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_attn_plugin.errors import FileError, InputError
-from sae_attn_plugin.studies.attention import mean_attention
+from sae_attn_plugin.studies.attention import check_heads, mean_attention
 from sae_attn_plugin.studies.parts import make_folder
 from sae_attn_plugin.studies.qk import QKVariance, qk_variance
 from sae_attn_plugin.studies.result import Study, load_study
@@ -62,22 +62,16 @@ def qk_ioi(
     Raises:
         InputError: an unknown role, a head that does not exist, no head that looks at a key.
     """
-    g = lens.backend.geometry
     for role in (query, *keys):
         if role not in ROLES:
             raise InputError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
     check_count(n, "n", 4)
-    for layer, head in heads or ():
-        if not (0 <= layer < g.n_layers and 0 <= head < g.n_heads):
-            raise InputError(
-                f"head {layer}.{head} does not exist: {g.model_name} has layers 0..{g.n_layers - 1}"
-                f" with heads 0..{g.n_heads - 1}"
-            )
+    asked = None if heads is None else check_heads(lens, heads)
     data = IOIDataset(n, lens.tokenizer, seed, "mixed", prepend_bos=lens.prepend_bos)
     attention = {key: mean_attention(lens, data, query, key) for key in keys}
     wanted: list[tuple[int, int, str]] = []
     for key in keys:
-        places = (attention[key] >= min_attention).nonzero().tolist() if heads is None else heads
+        places = (attention[key] >= min_attention).nonzero().tolist() if asked is None else asked
         wanted += [(int(layer), int(head), key) for layer, head in places]
     if not wanted:
         best = max(float(found.max()) for found in attention.values())

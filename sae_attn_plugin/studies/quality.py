@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.dictionaries import chosen_layers
 from sae_attn_plugin.evaluation import METRICS, evaluate
 from sae_attn_plugin.studies.parts import fingerprint, in_parts
 from sae_attn_plugin.studies.result import Study
@@ -57,10 +57,7 @@ def quality(
     """
     g = lens.backend.geometry
     rows = check_ids(windows, g.d_vocab, g.n_ctx, g.device)
-    chosen = sorted(lens.dictionaries if layers is None else {int(x) for x in layers})
-    if missing := [layer for layer in chosen if layer not in lens.dictionaries]:
-        known = ", ".join(map(str, lens.dictionaries))
-        raise InputError(f"no SAE in layers {missing}; layers with one: {known or 'none'}")
+    chosen = chosen_layers(lens.dictionaries, layers)
     settings = {
         **lens.provenance,
         "layers": chosen,
