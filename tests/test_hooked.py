@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,42 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="To copy construct|The training dataset")
         yield
+
+
+@pytest.mark.parametrize("other", ["hook points", "lens"])
+def test_threads_on_one_model_take_turns(other: str) -> None:
+    """While one is within a hook, the other waits: neither sees the other's pass."""
+    model, tokens = tiny_gpt2(), TOKENS.flip(0) % 40 + 2
+    first, lens = HookedModel(model), sap.FeatureLens(model, {})
+
+    def z(tokens: torch.Tensor) -> torch.Tensor:
+        if other == "lens":
+            return lens.run(tokens).capture["z", 1]
+        with torch.no_grad():
+            return first.run_with_cache(tokens, names_filter=Z)[1][Z]
+
+    alone, inside, done, seen = z(tokens), threading.Event(), threading.Event(), []
+
+    def hook(z: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        seen.append(z.clone())
+        inside.set()
+        assert not done.wait(0.5)
+        return torch.zeros_like(z)
+
+    def second() -> torch.Tensor:
+        assert inside.wait(30)
+        found = z(tokens)
+        done.set()
+        return found
+
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        expected = first.run_with_hooks(TOKENS, fwd_hooks=[(Z, lambda z, hook: 0 * z)])  # noqa: ARG005
+        waiting = pool.submit(second)
+        edited = first.run_with_hooks(TOKENS, fwd_hooks=[(Z, hook)])
+        torch.testing.assert_close(waiting.result(60), alone, rtol=0, atol=0)
+    torch.testing.assert_close(edited, expected, rtol=0, atol=0)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], z(TOKENS), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

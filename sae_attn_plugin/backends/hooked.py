@@ -28,7 +28,7 @@ from sae_attn_plugin.backends.architectures import (
     read_geometry,
     read_layer,
 )
-from sae_attn_plugin.backends.protocol import Geometry, Site, mix_values
+from sae_attn_plugin.backends.protocol import Geometry, Site, lock_of, mix_values
 from sae_attn_plugin.backends.walk import replace_values, select_values, submodule
 from sae_attn_plugin.errors import BackendError, InputError, UnsupportedError
 from sae_attn_plugin.tokens import need_tokenizer, own_convention
@@ -101,6 +101,9 @@ class HookedModel(HookedRootModule):
 
     tokenizer: Any
     cfg: Geometry
+    blocks: nn.ModuleList
+    mod_dict: dict[str, nn.Module]
+    hook_dict: dict[str, HookPoint]
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         super().__init__()
@@ -188,7 +191,8 @@ class HookedModel(HookedRootModule):
                 )
             stop_at_layer = layer
         logits = residual = None
-        with self._tapped(stop_at_layer):
+        # The host carries hooks while it runs, and lenses and other threads share it.
+        with lock_of(self.model), self._tapped(stop_at_layer):
             try:
                 logits = self._logits(tokens, options)
             except _Stop as stop:
@@ -249,6 +253,13 @@ class HookedModel(HookedRootModule):
         elif wanted is not None:
             wanted = [self._known(name) for name in wanted]
         return super().run_with_cache(*args, names_filter=cast(Any, wanted), **kwargs)
+
+    @contextlib.contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As on ``HookedTransformer``; of threads that hook one model, each waits for the others,
+        so that hooks see their own thread's pass only."""
+        with lock_of(self.model), super().hooks(*args, **kwargs) as model:
+            yield model
 
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
         """As on ``HookedTransformer``; an unknown name raises :class:`InputError`."""
