@@ -8,7 +8,6 @@ densities of features are resampled as the data goes by, with Poisson(1) weights
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_attn_plugin.backends.protocol import Backend, Site
-from sae_attn_plugin.dictionaries import Dictionary
+from sae_attn_plugin.dictionaries import Dictionary, chosen_layers
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.heads import is_folded
-from sae_attn_plugin.io import write_atomically
+from sae_attn_plugin.io import write_json
 from sae_attn_plugin.statistics import Interval, bootstrap
 from sae_attn_plugin.tokens import check_ids, special_tokens
 
@@ -59,7 +58,7 @@ _SUMS = ("positions", "targets", "l0", "l1", "squared_error", "variance", "clean
 _SUMS = (*_SUMS, "zero", "mean")
 _EDGES = np.linspace(-6, 0, 25)  # of log10 density, a quarter of a decade each
 _DENSITY_RESAMPLES = 200
-_ENCODE_AT_ONCE = 2**25  # features of positions held dense, 128 MB in float32
+_AT_ONCE = 2**25  # positions times features decoded together, which gathers decoder rows
 # our name -> run_evals' group and name
 _SAE_LENS = {
     "l0": ("sparsity", "l0"),
@@ -87,7 +86,8 @@ class Evaluation:
         histogram: how many features of a layer have a density in each quarter of a decade:
             ``layer, log10_from, log10_to, features, low, high``. Features below the first edge, the
             dead ones too, are not in it.
-        facts: model, host, SAEs, number of sequences and tokens, and how the intervals were made.
+        facts: what is needed to load the same model and SAEs again (``lens.provenance``), the SAEs
+            measured, number of sequences and tokens, and how the intervals were made.
     """
 
     table: pd.DataFrame
@@ -117,8 +117,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_dict` as JSON, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_json(path, self.to_dict())
 
     def draw(self) -> Figure:
         """Cross-entropy recovered, sparsity and error by layer, and feature densities."""
@@ -172,9 +171,7 @@ def evaluate(
         InputError: empty data, rows of fewer than two tokens or longer than the context, a layer
             without an SAE, data that can be read only once.
     """
-    from sae_attn_plugin.lens import _versions
-
-    dictionaries = _wanted(lens, layers)
+    dictionaries = {n: lens.dictionaries[n] for n in chosen_layers(lens.dictionaries, layers)}
     if resamples < 1 or not 0 < level < 1 or rows_at_once < 1:
         raise InputError(
             f"resamples={resamples}, level={level}, rows_at_once={rows_at_once}: expected at least "
@@ -207,15 +204,14 @@ def evaluate(
         theirs = _run_evals(lens, dictionaries, batches, lengths, excluded, rows_at_once, progress)
     values = {layer: found.values(level, resamples, seed) for layer, found in sums.items()}
     first = next(iter(sums.values()))
-    g = lens.backend.geometry
+    provenance = dict(lens.provenance)
+    versions = provenance.pop("versions")
     return Evaluation(
         _table(values, theirs),
         {layer: found.density for layer, found in sums.items()},
         pd.DataFrame([bar for n, found in sums.items() for bar in found.histogram(n, level)]),
         {
-            "model": g.model_name,
-            "revision": lens.backend.revision,
-            "backend": lens.backend.host,
+            **provenance,
             "saes": {
                 str(layer): {"id": d.sae_id, "architecture": d.architecture, "d_sae": d.d_sae}
                 for layer, d in dictionaries.items()
@@ -226,22 +222,9 @@ def evaluate(
             "excluded_tokens": list(excluded),
             "level": level,
             "resamples": resamples,
-            "versions": _versions(),
+            "versions": versions,
         },
     )
-
-
-def _wanted(lens: FeatureLens, layers: Sequence[int] | None) -> dict[int, Dictionary]:
-    if not lens.dictionaries:
-        raise InputError("the lens has no attention SAEs to measure")
-    if layers is None:
-        return dict(lens.dictionaries)
-    if missing := [layer for layer in layers if layer not in lens.dictionaries]:
-        known = ", ".join(map(str, lens.dictionaries))
-        raise InputError(f"no SAE in layer {missing[0]}; layers with one: {known}")
-    if not layers:
-        raise InputError("no layers given; expected at least one")
-    return {layer: lens.dictionaries[layer] for layer in sorted(set(layers))}
 
 
 def _excluded(
@@ -411,7 +394,7 @@ def _reconstruct(
     fired = torch.zeros(n_rows, dictionary.d_sae, device=z.device)
     size = torch.zeros(n_rows, dtype=torch.float64, device=z.device)
     recons = []
-    step = max(1, _ENCODE_AT_ONCE // (length * dictionary.d_sae))
+    step = max(1, _AT_ONCE // (length * dictionary.d_sae))
     for start in range(0, n_rows, step):
         part = z[start : start + step]
         encoded = dictionary.encode(part.flatten(0, 1))

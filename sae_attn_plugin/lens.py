@@ -42,6 +42,7 @@ from sae_attn_plugin.attribution.table import Attribution
 from sae_attn_plugin.attribution.writers import WriterTable, WriterVectors, write_table
 from sae_attn_plugin.backends import as_backend
 from sae_attn_plugin.backends.protocol import (
+    Backend,
     Capture,
     MlpWeights,
     capture,
@@ -51,6 +52,7 @@ from sae_attn_plugin.backends.protocol import (
 from sae_attn_plugin.dictionaries import (
     Dictionary,
     Encoded,
+    chosen_layers,
     head_attribution,
     place,
     place_mlp,
@@ -149,10 +151,14 @@ class FeatureLens:
         prepend_bos: bool | None = None,
         remote: bool | str = False,
     ) -> None:
-        self.backend = as_backend(model, tokenizer, remote)
-        self.dictionaries = fit(place(saes, self.backend.geometry), self.backend)
-        self.transcoders = place_mlp(transcoders, self.backend.geometry)
-        self.residual_saes = place_residual(residual_saes, self.backend.geometry)
+        self.backend: Backend = as_backend(model, tokenizer, remote)
+        self.dictionaries: dict[int, Dictionary] = fit(
+            place(saes, self.backend.geometry), self.backend
+        )
+        self.transcoders: dict[int, Dictionary] = place_mlp(transcoders, self.backend.geometry)
+        self.residual_saes: dict[tuple[FeatureKind, int], Dictionary] = place_residual(
+            residual_saes, self.backend.geometry
+        )
         self._prepend_bos = prepend_bos
 
     def __repr__(self) -> str:
@@ -188,9 +194,7 @@ class FeatureLens:
         For an SAE on ``hook_attn_out`` the shares are those of its encoder, through this layer's
         W_O (and the gain of the norm between, where there is one).
         """
-        if layer not in self.dictionaries:
-            known = ", ".join(map(str, self.dictionaries))
-            raise InputError(f"no SAE in layer {layer}; layers with one: {known}")
+        chosen_layers(self.dictionaries, [layer])
         weights = self.backend.layer_weights(layer)
         W_O, norm = weights.W_O, weights.post_norm
         if norm is not None:  # row by row, the norm's output as a function of z
@@ -233,6 +237,7 @@ class FeatureLens:
             "sources": {
                 "saes": source_of(self.dictionaries.values()),
                 "transcoders": source_of(self.transcoders.values()),
+                "residual_saes": source_of(self.residual_saes.values()),
             },
             "fingerprints": self._fingerprints,
             "versions": _versions(),
@@ -245,6 +250,10 @@ class FeatureLens:
             "model": model_fingerprint(self.backend),
             "saes": {str(i): fingerprint(vars(d)) for i, d in self.dictionaries.items()},
             "transcoders": {str(i): fingerprint(vars(d)) for i, d in self.transcoders.items()},
+            "residual_saes": {
+                f"{kind}:{layer}": fingerprint(vars(d))
+                for (kind, layer), d in self.residual_saes.items()
+            },
         }
 
     def to_tokens(self, prompt: str | Sequence[Any] | Tensor) -> Int[Tensor, "batch position"]:
@@ -452,7 +461,7 @@ class Run:
         self.lens = lens
         self.capture = captured
         self.prompts = prompts
-        self.roles = roles or Roles()
+        self.roles: Roles = roles or Roles()
 
     @functools.cached_property
     def _encoder(self) -> BatchEncoder:
@@ -570,6 +579,15 @@ class Run:
                 return made
             self._lean[name] = made
         return self._lean[name]
+
+    @functools.cached_property
+    def reads(self) -> dict[tuple[FeatureKind, int], Float[Tensor, "batch position ..."]]:
+        """What each dictionary reads, by the kind of its features and its layer."""
+        lens, values = self.lens, self.capture.values
+        return {
+            (d.kind, layer): apply.what_it_reads(lens, d, values)
+            for layer, d in lens.all_dictionaries()
+        }
 
     # -- questions -------------------------------------------------------------------------------
 
@@ -813,7 +831,7 @@ class Run:
         expand: Expand | Mapping[Expand, Sequence[int]] = "writers",
         residual: Literal["terminal", "recurse"] = "terminal",
         node_budget: int | None = 2000,
-    ) -> nx.DiGraph:
+    ) -> nx.DiGraph[Any]:
         """``attribute(target).prune(nodes, edges).to_networkx()`` in one call."""
         att = self.attribute(
             target,
@@ -1128,8 +1146,8 @@ class UnequalRun(Run):
 
     def __init__(self, lens: FeatureLens, runs: Sequence[Run], roles: Roles | None = None) -> None:
         self.lens = lens
-        self.prompts = tuple(run.prompts[0] for run in runs)
-        self.roles = roles or Roles()
+        self.prompts: tuple[str | None, ...] = tuple(run.prompts[0] for run in runs)
+        self.roles: Roles = roles or Roles()
         self._runs = tuple(runs)
 
     def pick(self, members: Sequence[int]) -> Run:

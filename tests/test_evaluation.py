@@ -289,6 +289,9 @@ def test_files(tmp_path: Path) -> None:
     read = json.loads((tmp_path / "e.json").read_text())
     assert len(read["table"]) == 2 * len(METRICS)
     assert read["facts"]["sequences"] == 12
+    lens = lens_of("gpt2", "nnsight")
+    for name in ("model", "revision", "backend", "dtype", "sources", "fingerprints", "versions"):
+        assert read["facts"][name] == lens.provenance[name], name
     assert read["metrics"] == METRICS
     row = next(r for r in read["table"] if r["layer"] == 2 and r["metric"] == "l0")
     assert row["value"] == found.table.loc[(2, "l0"), "value"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import random_saes, tiny_gpt2, word_tokenizer
+from helpers import random_saes, sae_at, tiny_gpt2, word_tokenizer
 from typer.testing import CliRunner
 
 import sae_attn_plugin as sap
@@ -66,6 +66,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     att = run.attribute([direction, sap.LogitDiff("w7", "w9")], weights=[1, 3])
     sap.save(att.prune(0.9).prune(0.8, max_nodes=9), folder / "other.safetensors")
     sap.save(att.to_networkx(by="head"), folder / "heads.json")
+    for layer, hook in ((1, "hook_resid_post"), (2, "hook_resid_mid")):
+        sae_at(layer, hook, 30).save_model(folder / "residual" / f"{layer}.{hook}")
+    stream = str(folder / "residual")
+    lens = sap.FeatureLens(lens.backend.model, str(folder / "saes"), residual_saes=stream)
+    options: dict[str, Any] = {"expand": {"residual": [2, 5]}, "residual": "recurse"}
+    sap.save(lens.run(PROMPT).graph(sap.Logit("w7"), **options), folder / "residual.json")
     return folder
 
 
@@ -76,7 +82,7 @@ def call(*arguments: object) -> Any:
     return result
 
 
-@pytest.mark.parametrize("name", ["graph.json", "other.safetensors", "heads.json"])
+@pytest.mark.parametrize("name", ["graph.json", "other.safetensors", "heads.json", "residual.json"])
 def test_a_file_tells_all_that_is_needed(folder: Path, name: str, tmp_path: Path) -> None:
     result = call(folder / name, "--out", tmp_path / "again.json")
     assert result.exit_code == 0, result.output
@@ -104,6 +110,23 @@ def test_other_weights_give_another_graph(folder: Path, tmp_path: Path) -> None:
     assert "fingerprints of saes 0" in result.output
 
 
+def test_residual_saes_are_needed_again(folder: Path, tmp_path: Path) -> None:
+    graph = sap.load(folder / "residual.json")
+    assert any(data["kind"].startswith("resid") for _, data in graph.nodes(data=True))
+    model, saes = sap.load_model(folder / "model"), str(folder / "saes")
+    with pytest.raises(sap.InputError, match=r"residual_saes of layer resid:2: .* here is none"):
+        sap.reproduce(graph, sap.FeatureLens(model, saes))
+    other = [sae_at(1, "hook_resid_post", 30, seed=5), sae_at(2, "hook_resid_mid", 30)]
+    found = sap.reproduce(graph, sap.FeatureLens(model, saes, residual_saes=other))
+    assert not found
+    assert [line for line in found.changed if line.startswith("fingerprints of residual_saes")]
+    for sae in other:
+        sae.save_model(tmp_path / "other" / sae.cfg.metadata.hook_name)
+    result = call(folder / "residual.json", "--residual-saes", tmp_path / "other")
+    assert result.exit_code == 1, result.output
+    assert "fingerprints of residual_saes resid:2" in result.output
+
+
 def _changed(folder: Path, path: Path, **changes: Any) -> Path:
     document = json.loads((folder / "graph.json").read_text())
     for name, value in changes.items():
@@ -122,6 +145,7 @@ def _changed(folder: Path, path: Path, **changes: Any) -> Path:
         ({"model": "./nowhere"}, "cannot be loaded from here; pass --model"),
         ({"sources": None}, "pass --saes, a folder or a sae_lens release"),
         ({"sources": {"saes": "./nowhere"}}, "cannot be loaded from here; pass --saes"),
+        ({"residual_saes": {"resid:2": "x"}}, "pass --residual-saes, a folder or a sae_lens"),
         ({"backend": "abacus"}, "none of hooked_transformer"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"saes": {"0": "other"}}, "saes of layer 0"),

@@ -49,12 +49,12 @@ def lens_of(
     screen: Screen,
     about: Mapping[str, Any],
     model: str | None,
-    saes: str | None,
-    transcoders: str | None,
+    given: Mapping[str, str | None],
     backend: Backend | None,
     device: str,
 ) -> FeatureLens:
-    """Model and SAEs as a graph names them, unless told otherwise."""
+    """Model and SAEs as a graph names them, unless told otherwise: ``given`` has the folder or
+    release for ``saes``, ``transcoders`` and ``residual_saes``."""
     import torch
 
     from sae_attn_plugin.reproduction import needed
@@ -89,14 +89,14 @@ def lens_of(
                     f"--model, a folder or hub name ({error})"
                 ) from error
     with screen.busy("loading SAEs"):
-        of_attention = _dictionaries("saes", about, saes, device)
-        of_mlps = _dictionaries("transcoders", about, transcoders, device) or None
+        found = {kind: _dictionaries(kind, about, name, device) for kind, name in given.items()}
     bos = about.get("prepend_bos")
     with screen.busy("checking the model"):
         return sap.FeatureLens(
             loaded,
-            of_attention,
-            transcoders=of_mlps,
+            found["saes"],
+            transcoders=found["transcoders"] or None,
+            residual_saes=found["residual_saes"] or None,
             prepend_bos=bos if isinstance(bos, bool) else None,
         )
 
@@ -109,11 +109,11 @@ def _dictionaries(kind: str, about: Mapping[str, Any], given: str | None, device
         return {}
     sources = about.get("sources")
     source = sources.get(kind) if isinstance(sources, Mapping) else None
-    name = given or source
+    name, option = given or source, f"--{kind.replace('_', '-')}"
     if not isinstance(name, str):
         raise InputError(
             f"the graph does not say where its {kind} are from (they were given as objects, or "
-            f"from several places): pass --{kind}, a folder or a sae_lens release"
+            f"from several places): pass {option}, a folder or a sae_lens release"
         )
     if name in (DEMO_RELEASE, f"{DEMO_RELEASE}/transcoders"):
         found = sap.demo.load_saes() if kind == "saes" else sap.demo.load_transcoders()
@@ -125,6 +125,6 @@ def _dictionaries(kind: str, about: Mapping[str, Any], given: str | None, device
                 raise
             raise InputError(
                 f"the graph's {kind} are from {name!r}, which cannot be loaded from here; pass "
-                f"--{kind}, a folder or a sae_lens release ({error})"
+                f"{option}, a folder or a sae_lens release ({error})"
             ) from error
     return chosen(found, said)

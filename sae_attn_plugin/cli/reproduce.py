@@ -30,6 +30,7 @@ def reproduce(
     model: Model = None,
     saes: Dictionaries = None,
     transcoders: Dictionaries = None,
+    residual_saes: Dictionaries = None,
     backend: Host = None,
     device: Device = "cpu",
     tolerance: Annotated[
@@ -50,7 +51,8 @@ def reproduce(
             raise InputError(f"{str(out)!r} is the graph itself; expected another file to write")
         screen.hush()
         check_device(device)
-        lens = lens_of(screen, loaded.graph, model, saes, transcoders, backend, device)
+        given = {"saes": saes, "transcoders": transcoders, "residual_saes": residual_saes}
+        lens = lens_of(screen, loaded.graph, model, given, backend, device)
         with screen.busy("attributing"):
             found = sap.reproduce(loaded, lens, tolerance=tolerance)
         if out is not None:

@@ -35,6 +35,7 @@ def validate(
     model: Model = None,
     saes: Dictionaries = None,
     transcoders: Dictionaries = None,
+    residual_saes: Dictionaries = None,
     backend: Host = None,
     device: Device = "cpu",
     max_sources: Annotated[
@@ -66,7 +67,8 @@ def validate(
         loaded = load_graph(graph)
         screen.hush()
         check_device(device)
-        lens = lens_of(screen, loaded.graph, model, saes, transcoders, backend, device)
+        given = {"saes": saes, "transcoders": transcoders, "residual_saes": residual_saes}
+        lens = lens_of(screen, loaded.graph, model, given, backend, device)
         found = sap.validate(
             loaded,
             lens,

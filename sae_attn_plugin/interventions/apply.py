@@ -115,7 +115,7 @@ class InterventionResult:
 
     def clean_value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """The same target in the clean run."""
-        return self._value(target, self.clean.capture.values, self._clean_read)
+        return self._value(target, self.clean.capture.values, self.clean.reads)
 
     def effect(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
         """Edited minus clean."""
@@ -180,18 +180,11 @@ class InterventionResult:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    @property
-    def _clean_read(self) -> dict[tuple[str, int], Tensor]:
-        lens, values = self.clean.lens, self.clean.capture.values
-        return {
-            (d.kind, layer): what_it_reads(lens, d, values) for layer, d in lens.all_dictionaries()
-        }
-
     def _changed(self, index: int, least: float) -> pd.DataFrame:
         one = self[index]
         lens, device = one.clean.lens, one.clean.lens.backend.geometry.device
         frames = []
-        clean = one._clean_read
+        clean = one.clean.reads
         kinds = {dictionary.kind for _, dictionary in lens.all_dictionaries()}
         for layer, dictionary in lens.all_dictionaries():
             kind = dictionary.kind
@@ -232,7 +225,7 @@ class InterventionResult:
             _, scale, _ = dictionary.normalise(at)
             if target.layer in self.held.get("norms", ()):
                 # Where norms are held, so is the normalisation of the dictionary's own input.
-                clean = self._clean_read[key][:, position].to(at).flatten(-flat)
+                clean = self.clean.reads[key][:, position].to(at).flatten(-flat)
                 _, scale, _ = dictionary.normalise(clean)
             encoder = dictionary.encoder(index.to(at.device), at.dtype)[0].flatten()
             dot = at @ encoder / dictionary.input_scale(scale)[:, 0]
@@ -1040,11 +1033,11 @@ def what_it_reads(
     if dictionary.reads in ("resid_pre", "resid_mid"):
         sites = _sites_of_stream(dictionary, lens.backend.geometry)
         return torch.stack([values[site] for site in sites]).sum(0)
-    weights = lens.backend.layer_weights(layer)
     if dictionary.reads == "z":
         return values[Site("z", layer)]
     if dictionary.reads == "mlp_out":
         return values[Site("mlp_out", layer)]
+    weights = lens.backend.layer_weights(layer)
     if dictionary.reads == "attn_out":
         raw = weights.attn_out(values[Site("z", layer)].to(weights.W_O))
         return raw if weights.post_norm is None else weights.post_norm.as_host(raw, scale)
