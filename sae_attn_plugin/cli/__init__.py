@@ -24,7 +24,7 @@ from sae_attn_plugin.cli.validate import validate
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="sae-attn",
     help="Exact attribution graphs of attention-SAE features.",
     no_args_is_help=True,

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, parse_token, with_pruning, writable_files
+from sae_attn_plugin.cli.options import (
+    Backend,
+    HostOption,
+    parse_token,
+    with_pruning,
+    writable_files,
+)
 from sae_attn_plugin.cli.screen import Screen, quoted, session
 from sae_attn_plugin.errors import InputError
 
@@ -25,9 +31,7 @@ def demo(
         Path,
         typer.Option(help="Folder for graph.json, graph.png and graph.html.", show_default="here"),
     ] = Path(),
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
-        Backend.transformer_lens
-    ),
+    backend: HostOption = Backend.transformer_lens,
     prompt: Annotated[str | None, typer.Option(help="Default: an IOI sentence.")] = None,
     correct: Annotated[str | None, typer.Option(help='A token, such as " Mary".')] = None,
     wrong: Annotated[str | None, typer.Option(help='A token, such as " John".')] = None,

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.options import (
+    Backend,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    HostOption,
+    check_counts,
+    check_device,
+    check_files,
+)
 from sae_attn_plugin.cli.screen import session
 from sae_attn_plugin.cli.text import (
     DATA_HELP,
@@ -21,7 +30,6 @@ from sae_attn_plugin.cli.text import (
     sampled,
 )
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.io import check_writable
 
 _SHARES = ("fvu", "recovered_zero", "recovered_mean", "dead", "dense")
 
@@ -52,25 +60,17 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="The measurement, .json.")] = Path("evaluation.json"),
     picture: Annotated[Path | None, typer.Option(help="A picture, .png.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of --sample.")] = 0,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
-        Backend.transformer_lens
-    ),
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+    backend: HostOption = Backend.transformer_lens,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """How good SAEs are: sparsity, error, and the cross-entropy they keep, with intervals."""
     with session() as screen:
         check_text(data, sample)
         if data is None and sample is None:
             raise InputError("give --data or --sample, the text to measure on")
-        for name, value in (("rows", rows), ("context", context), ("rows-at-once", rows_at_once)):
-            if value < 1:
-                raise InputError(f"--{name} {value}: expected at least 1")
-        for path, ending in ((out, ".json"), (picture, ".png")):
-            if path is not None and path.suffix.lower() != ending:
-                raise InputError(f"expected a path that ends in {ending}, got {str(path)!r}")
-            if path is not None:
-                check_writable(path)
+        check_counts(rows=rows, context=context, rows_at_once=rows_at_once)
+        check_files((out, ".json"), (picture, ".png"))
         screen.hush()
         import torch
 

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.options import (
+    Backend,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    HostOption,
+    check_device,
+)
 from sae_attn_plugin.cli.screen import Screen, plain, session
 from sae_attn_plugin.errors import InputError
 
@@ -28,9 +35,7 @@ def explore(
     saes: Annotated[
         str | None, typer.Option(help="A folder with attention-z SAEs, or a sae_lens release.")
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
-        Backend.transformer_lens
-    ),
+    backend: HostOption = Backend.transformer_lens,
     port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 takes any free one.")] = 8765,
     sessions: Annotated[Path, typer.Option(help="Folder for saved sessions.")] = Path(
         "sae-attn-sessions"
@@ -45,8 +50,8 @@ def explore(
             help="Whether prompts get a BOS token. Default: as the SAEs or the tokenizer say.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """A local page to explore any prompt: features, sources, graphs, interventions."""
     with session() as screen:

@@ -88,7 +88,7 @@ def export(
 
 
 def _run_of(
-    graph: nx.DiGraph, model: str | None, saes: str | None, backend: Backend, screen: Screen
+    graph: nx.DiGraph[Any], model: str | None, saes: str | None, backend: Backend, screen: Screen
 ) -> Run:
     """The graph's prompt through its model again."""
     made_with, tokens = graph.graph.get("model"), graph.graph.get("token_ids")

@@ -11,7 +11,10 @@ import typer
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import (
     Backend,
+    DeviceOption,
     Dtype,
+    DtypeOption,
+    HostOption,
     Through,
     check_device,
     check_limits,
@@ -56,9 +59,7 @@ def graph(
         int | None,
         typer.Option(help="Where the logit is read, negative from the end. Default: the last."),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
-        Backend.transformer_lens
-    ),
+    backend: HostOption = Backend.transformer_lens,
     out: Annotated[Path, typer.Option(help="The graph, .json.")] = Path("graph.json"),
     picture: Annotated[Path | None, typer.Option(help="A layered picture, .png.")] = None,
     page: Annotated[
@@ -77,8 +78,8 @@ def graph(
             help="Whether the prompt gets a BOS token. Default: as the SAEs or the tokenizer say.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """The attribution graph of a prompt, from the tokens to a logit or a feature."""
     with session() as screen:

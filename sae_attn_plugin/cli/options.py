@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.errors import InputError
@@ -35,6 +37,11 @@ class Dtype(str, Enum):
 class Through(str, Enum):
     terminal = "terminal"
     linearise = "linearise"
+
+
+HostOption = Annotated[Backend, typer.Option(help="What runs the model.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the model's weights.")]
 
 
 def parse_token(text: str) -> str | int:
@@ -71,21 +78,32 @@ def writable_files(
     graph: Path, picture: Path | None, page: Path | None
 ) -> tuple[Path, Path | None, Path | None]:
     """The paths, known to be writable."""
-    for path, ending in ((graph, ".json"), (picture, ".png"), (page, ".html")):
+    check_files((graph, ".json"), (picture, ".png"), (page, ".html"))
+    return graph, picture, page
+
+
+def check_files(*files: tuple[Path | None, str]) -> None:
+    """That each path which is given has its ending and can be written."""
+    for path, ending in files:
         if path is None:
             continue
         if path.suffix.lower() != ending:
             raise InputError(f"expected a path that ends in {ending}, got {str(path)!r}")
         check_writable(path)
-    return graph, picture, page
+
+
+def check_counts(**options: int | None) -> None:
+    """That each number which is given is at least 1; ``rows_at_once`` is ``--rows-at-once``."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
 
 
 def check_limits(nodes: float, edges: float, max_nodes: int | None, node_budget: int) -> None:
     for name, share in (("--nodes", nodes), ("--edges", edges)):
         if not 0 < share <= 1:
             raise InputError(f"{name} {share}: expected a share in (0, 1]")
-    if max_nodes is not None and max_nodes < 1:
-        raise InputError(f"--max-nodes {max_nodes}: expected at least 1")
+    check_counts(max_nodes=max_nodes)
     if node_budget < 0:
         raise InputError(f"--node-budget {node_budget}: expected at least 0")
 
@@ -100,6 +118,8 @@ def check_device(device: str) -> None:
         raise InputError(f"the device {device!r} cannot be used: {first}") from None
 
 
-def with_pruning(graph: nx.DiGraph, nodes: float, edges: float, limit: int | None) -> nx.DiGraph:
+def with_pruning(
+    graph: nx.DiGraph[Any], nodes: float, edges: float, limit: int | None
+) -> nx.DiGraph[Any]:
     graph.graph["pruning"] = {"nodes": nodes, "edges": edges, "max_nodes": limit}
     return graph

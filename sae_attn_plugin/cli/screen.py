@@ -83,11 +83,11 @@ class Screen:
         self._stack = stack
         # Tokens such as "[red]" or ":smile:" are text.
         safe: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
-        self.error = Console(stderr=True, soft_wrap=True, **safe)
-        self.out = Console(**safe)
+        self.error: Console = Console(stderr=True, soft_wrap=True, **safe)
+        self.out: Console = Console(**safe)
         if not self.out.is_terminal:
             self.out = Console(width=120, **safe)  # else 80, whatever the reader's width
-        self.live = self.error.is_terminal
+        self.live: bool = self.error.is_terminal
 
     def hush(self) -> None:
         """From here on the hosts keep quiet; loads transformers, which takes its time."""
@@ -158,7 +158,7 @@ class Screen:
             ),
         )  # fmt: skip
 
-    def paths(self, label: str, graph: nx.DiGraph, **options: Any) -> None:
+    def paths(self, label: str, graph: nx.DiGraph[Any], **options: Any) -> None:
         try:
             found: list[GraphPath] = sap.strongest_paths(graph, **options)
         except InputError as error:  # a graph may hold no path from there
@@ -169,7 +169,7 @@ class Screen:
             sign = "+" if path.sign > 0 else "-"
             self.lines(f"{sign} {path.share:7.2%}  {plain(str(path))}")
 
-    def values(self, graph: nx.DiGraph) -> None:
+    def values(self, graph: nx.DiGraph[Any]) -> None:
         self.heading("Target")
         targets = graph.graph["targets"]
         self.table(
@@ -189,7 +189,7 @@ class Screen:
         self.lines("sum of edges + constant = value for each, relative to the sum of sizes")
 
     def save(
-        self, run: Run, graph: nx.DiGraph, file: Path, picture: Path | None, page: Path | None
+        self, run: Run, graph: nx.DiGraph[Any], file: Path, picture: Path | None, page: Path | None
     ) -> None:
         """Before anything is printed, so that ``| head`` costs no file."""
         from sae_attn_plugin.graphs.picture import write_png
@@ -207,7 +207,7 @@ class Screen:
         if shown is not None and page is not None:
             shown.save(page)
 
-    def written(self, graph: nx.DiGraph, *files: Path | None) -> None:
+    def written(self, graph: nx.DiGraph[Any], *files: Path | None) -> None:
         self.heading(f"Written: {len(graph)} nodes, {graph.number_of_edges()} edges")
         self.lines(*(plain(str(path)) for path in files if path is not None))
 

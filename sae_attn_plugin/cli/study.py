@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.options import (
+    Backend,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    HostOption,
+    check_counts,
+    check_device,
+)
 from sae_attn_plugin.cli.screen import Screen, session
 from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, sampled
 from sae_attn_plugin.errors import InputError
@@ -71,18 +79,14 @@ def study(
         typer.Option(help="Folder for finished parts: an interrupted study goes on from there."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and draws.")] = 0,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
-        Backend.transformer_lens
-    ),
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+    backend: HostOption = Backend.transformer_lens,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """A study of the paper, on GPT-2 small or on any model and SAEs; offline with --model demo."""
     with session() as screen:
         check_text(data, sample)
-        for option, value in (("rows", rows), ("context", context), ("limit", limit)):
-            if value is not None and value < 1:
-                raise InputError(f"--{option} {value}: expected at least 1")
+        check_counts(rows=rows, context=context, limit=limit)
         key = name.value.replace("-", "_")
         files = out / f"{name.value}.json", out / f"{name.value}.png"
         for path in files:

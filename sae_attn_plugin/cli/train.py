@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, check_device
+from sae_attn_plugin.cli.options import Backend, DeviceOption, HostOption, check_device
 from sae_attn_plugin.cli.screen import session
 from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, load, parse_layers, sampled
 from sae_attn_plugin.errors import FileError, InputError
@@ -49,8 +49,8 @@ def train(
         int, typer.Option(help="Buffers between checkpoints; the same command goes on from one.")
     ] = 20,
     overwrite: Annotated[bool, typer.Option(help="Replace SAEs that are there already.")] = False,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.nnsight,
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    backend: HostOption = Backend.nnsight,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Train attention-z SAEs of some layers from one pass over the model."""
     with session() as screen:
