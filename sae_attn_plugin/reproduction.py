@@ -57,7 +57,9 @@ class Reproduction:
         return self.same
 
 
-def reproduce(graph: nx.DiGraph, lens: FeatureLens, *, tolerance: float = 1e-5) -> Reproduction:
+def reproduce(
+    graph: nx.DiGraph[Any], lens: FeatureLens, *, tolerance: float = 1e-5
+) -> Reproduction:
     """Run a graph's prompt again and compare what comes out with the graph.
 
     Tokens, targets and their weights, node budget, treatment of MLPs and heads, and pruning are

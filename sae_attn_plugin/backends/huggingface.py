@@ -29,6 +29,7 @@ from sae_attn_plugin.backends.architectures import (
 from sae_attn_plugin.backends.protocol import (
     LAYER_SITES,
     Edit,
+    Geometry,
     LayerWeights,
     MlpWeights,
     Norm,
@@ -69,13 +70,13 @@ class HuggingFaceBackend:
                 f"remote={remote!r} needs a model that nnsight can find on the other side; load it "
                 f"as nnsight.TransformersModel(name), not as {type(model).__name__}"
             )
-        self.tokenizer = tokenizer or getattr(self._nn, "tokenizer", None)
+        self.tokenizer: Any = tokenizer or getattr(self._nn, "tokenizer", None)
         if not remote and _is_offloaded(self.model):
             self._nn = _offloaded(self.model)
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self._architecture = find_architecture(self.model.config.model_type)
         check_modules(self.model, self._architecture)
-        self.geometry = read_geometry(self.model, self._architecture)
+        self.geometry: Geometry = read_geometry(self.model, self._architecture)
         self._lock = lock_of(self.model)
         self._source: WeightSource | None = None
         if remote:

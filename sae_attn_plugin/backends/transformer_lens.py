@@ -99,7 +99,7 @@ class TransformerLensBackend:
         self.model = model
         self._bridge = isinstance(model, TransformerBridge)
         self.host = "transformer_bridge" if self._bridge else "hooked_transformer"
-        self.tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
         # HookedTransformer does not keep the commit its weights came from.
         config = getattr(getattr(model, "original_model", None), "config", None)
         self.revision: str | None = getattr(config, "_commit_hash", None)
@@ -129,7 +129,7 @@ class TransformerLensBackend:
         cap = getattr(cfg, "output_logits_soft_cap", None) or 0.0
         if self._row is not None and self._row.logit_soft_cap is not None:
             cap = getattr(config, self._row.logit_soft_cap, None) or 0.0
-        self.geometry = Geometry(
+        self.geometry: Geometry = Geometry(
             model_name=cfg.model_name,
             architecture=getattr(cfg, "original_architecture", None)
             or getattr(cfg, "architecture", None)

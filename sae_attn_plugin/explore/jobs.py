@@ -64,7 +64,9 @@ class Jobs:
     """
 
     def __init__(self, limit: int = 200, keep: int = 256, keep_seconds: float = 300) -> None:
-        self.limit, self.keep, self.keep_seconds = limit, keep, keep_seconds
+        self.limit: int = limit
+        self.keep: int = keep
+        self.keep_seconds: float = keep_seconds
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="explorer", daemon=True)

@@ -278,7 +278,7 @@ class Questions:
                 self._runs.popitem(last=False)
         return run
 
-    def _graph(self, asked: Mapping[str, Any], progress: Progress) -> tuple[Run, nx.DiGraph]:
+    def _graph(self, asked: Mapping[str, Any], progress: Progress) -> tuple[Run, nx.DiGraph[Any]]:
         run = self._run(asked, progress)
         target = _target(asked.get("target"))
         share = _number(asked, "nodes", 0.8)
@@ -296,7 +296,7 @@ class Questions:
         graph.graph["pruning"] = {"nodes": share, "edges": edges, "max_nodes": most}
         return run, graph
 
-    def _enriched(self, graph: nx.DiGraph, run: Run) -> nx.DiGraph:
+    def _enriched(self, graph: nx.DiGraph[Any], run: Run) -> nx.DiGraph[Any]:
         from sae_attn_plugin.errors import UnsupportedError
         from sae_attn_plugin.graphs.enrich import enrich
 

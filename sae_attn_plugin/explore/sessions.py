@@ -22,7 +22,7 @@ class Sessions:
     """What a reader did, by name: prompt, trail, edits, target. The folder is made when needed."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
 
     def names(self) -> list[str]:
         """Sorted."""

@@ -159,7 +159,7 @@ class AlignedAttribution:
 
     # -- graphs and files ------------------------------------------------------------------------
 
-    def to_networkx(self, *, min_present: float = 0.0, certain: bool = False) -> nx.DiGraph:
+    def to_networkx(self, *, min_present: float = 0.0, certain: bool = False) -> nx.DiGraph[Any]:
         """A ``DiGraph`` of the roles: ``weight`` is the mean, beside ``se, low, high, present``.
 
         Args:
@@ -295,7 +295,8 @@ class Aligner:
     def __init__(self, roles: Sequence[str], other: Literal["bucket", "drop"] = "bucket") -> None:
         if other not in ("bucket", "drop"):
             raise InputError(f"other={other!r}: expected 'bucket' or 'drop'")
-        self.roles, self.drop = tuple(roles), other == "drop"
+        self.roles: tuple[str, ...] = tuple(roles)
+        self.drop: bool = other == "drop"
         self._codes: dict[str, int] = {}
         self._nodes: dict[str, list[Any]] = {}
         self._ledger: dict[str, np.ndarray] = {}

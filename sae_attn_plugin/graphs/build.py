@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.attribution.table import Attribution
 
 
-def to_networkx(attribution: Attribution, by: Literal["head"] | None = None) -> nx.DiGraph:
+def to_networkx(attribution: Attribution, by: Literal["head"] | None = None) -> nx.DiGraph[Any]:
     """See :meth:`Attribution.to_networkx`. Attributes that do not apply to a node are left out."""
     if by not in (None, "head"):
         raise InputError(f"to_networkx(by={by!r}): expected None or 'head'")

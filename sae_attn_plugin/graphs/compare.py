@@ -46,7 +46,7 @@ class GraphComparison:
         return not self.only_first and not self.only_second and self.error <= tolerance
 
 
-def compare_graphs(first: nx.DiGraph, second: nx.DiGraph) -> GraphComparison:
+def compare_graphs(first: nx.DiGraph[Any], second: nx.DiGraph[Any]) -> GraphComparison:
     """Compare nodes, edge weights and ledgers of two attribution graphs.
 
     Raises:
@@ -89,7 +89,7 @@ def compare_graphs(first: nx.DiGraph, second: nx.DiGraph) -> GraphComparison:
     )
 
 
-def graphs_equal(first: nx.DiGraph, second: nx.DiGraph, tolerance: float = 1e-5) -> bool:
+def graphs_equal(first: nx.DiGraph[Any], second: nx.DiGraph[Any], tolerance: float = 1e-5) -> bool:
     """Whether two graphs have the same nodes and, within a tolerance, the same weights.
 
     The tolerance is relative to each target's scale, as in :class:`GraphComparison`.
@@ -97,7 +97,7 @@ def graphs_equal(first: nx.DiGraph, second: nx.DiGraph, tolerance: float = 1e-5)
     return compare_graphs(first, second).equal(tolerance)
 
 
-def graph_difference(first: nx.DiGraph, second: nx.DiGraph) -> Any:
+def graph_difference(first: nx.DiGraph[Any], second: nx.DiGraph[Any]) -> Any:
     """``first - second``: a graph of all nodes and edges of both.
 
     Edges carry the difference as ``weight``, and ``first`` and ``second``; what one graph lacks is
@@ -113,7 +113,7 @@ def graph_difference(first: nx.DiGraph, second: nx.DiGraph) -> Any:
 
 
 def aggregate_graphs(
-    graphs: Sequence[nx.DiGraph], positions: Sequence[Mapping[int, int]] | None = None
+    graphs: Sequence[nx.DiGraph[Any]], positions: Sequence[Mapping[int, int]] | None = None
 ) -> Any:
     """The mean of several graphs.
 
@@ -153,7 +153,7 @@ def aggregate_graphs(
 # -- combining -------------------------------------------------------------------------------------
 
 
-def _combine(graphs: Sequence[nx.DiGraph], factors: Sequence[float]) -> Any:
+def _combine(graphs: Sequence[nx.DiGraph[Any]], factors: Sequence[float]) -> Any:
     """A linear combination; edges keep each graph's weight in ``weights``."""
     _check_alike(graphs)
     result: Any = type(graphs[0])()
@@ -206,7 +206,7 @@ def _combined(rows: Sequence[Any], factors: Sequence[float]) -> dict[str, Any]:
     return attributes
 
 
-def _moved(graph: nx.DiGraph, to: Mapping[int, int]) -> Any:
+def _moved(graph: nx.DiGraph[Any], to: Mapping[int, int]) -> Any:
     """The graph with its positions renamed; nodes elsewhere are left out, their edges pruned."""
     names: dict[str, str | None] = {}
     for name in graph:
@@ -251,28 +251,28 @@ def _moved(graph: nx.DiGraph, to: Mapping[int, int]) -> Any:
     return result
 
 
-def _weights(graph: nx.DiGraph) -> dict[tuple[Any, ...], float]:
+def _weights(graph: nx.DiGraph[Any]) -> dict[tuple[Any, ...], float]:
     keys: Any = {"keys": True} if graph.is_multigraph() else {}
     edges: Any = graph.edges
     return {tuple(at): weight for *at, weight in edges(data="weight", **keys)}
 
 
-def _head(graphs: Sequence[nx.DiGraph], at: tuple[Any, ...]) -> Any:
+def _head(graphs: Sequence[nx.DiGraph[Any]], at: tuple[Any, ...]) -> Any:
     edges: Any = next(graph for graph in graphs if graph.has_edge(*at)).edges
     return edges[at].get("head")
 
 
-def _common_tokens(graphs: Sequence[nx.DiGraph]) -> list[str]:
+def _common_tokens(graphs: Sequence[nx.DiGraph[Any]]) -> list[str]:
     lists = [graph.graph.get("tokens") or [] for graph in graphs]
     length = max(map(len, lists))
     columns = [{tokens[p] for tokens in lists if p < len(tokens)} for p in range(length)]
     return [column.pop() if len(column) == 1 else "*" for column in columns]
 
 
-def _about(graph: nx.DiGraph) -> dict[str, Any]:
+def _about(graph: nx.DiGraph[Any]) -> dict[str, Any]:
     return {key: graph.graph.get(key) for key in ("model", "prompt", "token_ids", "targets")}
 
 
-def _check_alike(graphs: Sequence[nx.DiGraph]) -> None:
+def _check_alike(graphs: Sequence[nx.DiGraph[Any]]) -> None:
     if len({graph.is_multigraph() for graph in graphs}) > 1:
         raise InputError("some of the graphs have heads as parallel edges and some do not")

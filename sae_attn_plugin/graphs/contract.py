@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["contract", "suggest_supernodes"]
 
 
-def contract(graph: nx.DiGraph, groups: Mapping[str, Iterable[str | Node]]) -> Any:
+def contract(graph: nx.DiGraph[Any], groups: Mapping[str, Iterable[str | Node]]) -> Any:
     """Merge groups of nodes into supernodes.
 
     Edges between two (super)nodes are summed with their signs, parallel ones by key. A supernode's
@@ -89,7 +89,7 @@ def contract(graph: nx.DiGraph, groups: Mapping[str, Iterable[str | Node]]) -> A
     return with_shares(result)
 
 
-def _merged(graph: nx.DiGraph, made: str, group: list[str]) -> dict[str, Any]:
+def _merged(graph: nx.DiGraph[Any], made: str, group: list[str]) -> dict[str, Any]:
     node, inside = Node.parse(made), set(group)
     rows = [graph.nodes[name] for name in group]
     attributes: dict[str, Any] = {"kind": "super", "position": node.position, "members": group}
@@ -111,7 +111,7 @@ def _merged(graph: nx.DiGraph, made: str, group: list[str]) -> dict[str, Any]:
     return attributes
 
 
-def _check_cycles(graph: nx.DiGraph, place: Mapping[str, str]) -> None:
+def _check_cycles(graph: nx.DiGraph[Any], place: Mapping[str, str]) -> None:
     quotient = nx.DiGraph()
     for source, target in graph.edges():
         if place[source] != place[target]:
@@ -127,7 +127,7 @@ def _check_cycles(graph: nx.DiGraph, place: Mapping[str, str]) -> None:
 
 
 def suggest_supernodes(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     lens: FeatureLens | None = None,
     *,
     threshold: float = 0.6,
@@ -174,7 +174,7 @@ def suggest_supernodes(
     return groups
 
 
-def _likeness(graph: nx.DiGraph, names: list[str], dictionary: Any) -> np.ndarray:
+def _likeness(graph: nx.DiGraph[Any], names: list[str], dictionary: Any) -> np.ndarray:
     parts = [_cosines(_neighbours(graph, names))]
     if dictionary is not None:
         import torch
@@ -186,7 +186,7 @@ def _likeness(graph: nx.DiGraph, names: list[str], dictionary: Any) -> np.ndarra
     return np.mean(parts, axis=0)
 
 
-def _neighbours(graph: nx.DiGraph, names: list[str]) -> np.ndarray:
+def _neighbours(graph: nx.DiGraph[Any], names: list[str]) -> np.ndarray:
     """Signed shares of the edges in and out, one row per node."""
     columns: dict[tuple[str, str], int] = {}
     entries = []

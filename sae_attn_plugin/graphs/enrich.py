@@ -23,14 +23,14 @@ _QK_NODES, _QK_HEADS, _QK_PAIRS = 40, 2, 8  # QK tables are large and few are ev
 
 
 def enrich(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     run: Run,
     *,
     max_features: int | None = 300,
     heads: bool = True,
     qk: bool | None = None,
     examples: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]] | None = None,
-) -> nx.DiGraph:
+) -> nx.DiGraph[Any]:
     """A copy of a graph whose nodes and edges say more, as attributes that every file keeps.
 
     Args:
@@ -95,7 +95,7 @@ def _add_dfa(attributes: dict[str, Any], node: Node, run: Run) -> None:
     }
 
 
-def _add_heads(graph: nx.DiGraph, nodes: Mapping[str, Node], run: Run) -> None:
+def _add_heads(graph: nx.DiGraph[Any], nodes: Mapping[str, Node], run: Run) -> None:
     from sae_attn_plugin.attribution.rdfa import edges_by_head
 
     rows = run.writers.rows()

@@ -33,7 +33,11 @@ _TEXTS = ("token", "label", "neuronpedia")
 
 
 def save(
-    graph: nx.DiGraph | Attribution, path: str | Path, *, format: str | None = None, **options: Any
+    graph: nx.DiGraph[Any] | Attribution,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    **options: Any,
 ) -> None:
     """Write an attribution graph, or a whole attribution, to a file; the same gives the same bytes.
 
@@ -109,7 +113,7 @@ class Damaged(Exception):
 # -- node-link JSON, and what every format shares ------------------------------------------------
 
 
-def checked(graph: nx.DiGraph, what: str) -> nx.DiGraph:
+def checked(graph: nx.DiGraph[Any], what: str) -> nx.DiGraph[Any]:
     """A copy of a sound graph whose attributes are plain Python; ``what`` it is to be saved as.
 
     Raises:
@@ -118,7 +122,7 @@ def checked(graph: nx.DiGraph, what: str) -> nx.DiGraph:
     return _build(node_link(graph, what))
 
 
-def node_link(graph: nx.DiGraph, what: str) -> dict[str, Any]:
+def node_link(graph: nx.DiGraph[Any], what: str) -> dict[str, Any]:
     """Node-link data of a sound graph, all of it new; raises as :func:`checked` does."""
     import networkx as nx  # late: the package imports this file, and should cost little
 
@@ -131,17 +135,17 @@ def node_link(graph: nx.DiGraph, what: str) -> dict[str, Any]:
         raise InputError(f"the graph cannot be saved as {what}: {error}") from None
 
 
-def _write_json(graph: nx.DiGraph) -> bytes:
+def _write_json(graph: nx.DiGraph[Any]) -> bytes:
     return _dump_document(node_link(graph, "JSON") | {"format": FORMAT, "version": VERSION})
 
 
-def _write_neuronpedia(graph: nx.DiGraph, **options: Any) -> bytes:
+def _write_neuronpedia(graph: nx.DiGraph[Any], **options: Any) -> bytes:
     from sae_attn_plugin.graphs.neuronpedia import to_neuronpedia
 
     return _dump_document(to_neuronpedia(graph, **options))
 
 
-def _write_mib(graph: nx.DiGraph, **options: Any) -> bytes:
+def _write_mib(graph: nx.DiGraph[Any], **options: Any) -> bytes:
     from sae_attn_plugin.graphs.mib import to_mib
 
     if "run" not in options:
@@ -152,7 +156,7 @@ def _write_mib(graph: nx.DiGraph, **options: Any) -> bytes:
     return _dump_document(to_mib(graph, **options))
 
 
-def _write_html(graph: nx.DiGraph, **options: Any) -> bytes:
+def _write_html(graph: nx.DiGraph[Any], **options: Any) -> bytes:
     from sae_attn_plugin.graphs.html import page_html
 
     return page_html(graph, **options).encode("utf-8")
@@ -215,7 +219,7 @@ def plain(value: Any, where: str) -> Any:
     )
 
 
-def _read_json(data: bytes) -> nx.DiGraph:
+def _read_json(data: bytes) -> nx.DiGraph[Any]:
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
@@ -247,7 +251,7 @@ def check_version(version: Any, newest: int = VERSION) -> None:
         )
 
 
-def graph_of(document: dict[str, Any]) -> nx.DiGraph:
+def graph_of(document: dict[str, Any]) -> nx.DiGraph[Any]:
     """The graph of node-link data from a file, of which nothing is known yet."""
     _check_document(document)
     plain(document, "file")  # finite numbers: 1e999 is valid JSON
@@ -256,7 +260,7 @@ def graph_of(document: dict[str, Any]) -> nx.DiGraph:
     return graph
 
 
-def _build(document: dict[str, Any]) -> nx.DiGraph:
+def _build(document: dict[str, Any]) -> nx.DiGraph[Any]:
     """As networkx' node_link_graph, which trips over attributes named as its parameters are."""
     import networkx as nx
 
@@ -312,7 +316,7 @@ def _check_document(document: dict[str, Any]) -> None:
         seen.add(place)
 
 
-def _check_graph(graph: nx.DiGraph) -> None:
+def _check_graph(graph: nx.DiGraph[Any]) -> None:
     for name, attributes in graph.nodes(data=True):
         if not isinstance(name, str):
             raise Damaged(f"the node {name!r} is no node id")

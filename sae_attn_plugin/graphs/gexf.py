@@ -43,7 +43,7 @@ _KEY = "sae_attn_key"  # networkx' reader trips over an attribute named "key"
 _GEXF_TYPES = {bool: "boolean", int: "long", float: "double", str: "string"}
 
 
-def write(graph: nx.DiGraph) -> bytes:
+def write(graph: nx.DiGraph[Any]) -> bytes:
     """The same graph gives the same bytes."""
     document = node_link(graph, "GEXF")
     root = Element("gexf", {"xmlns": _XMLNS, "version": "1.2"})
@@ -108,7 +108,7 @@ def _text(value: str | bool | float) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def read(data: bytes) -> nx.DiGraph:
+def read(data: bytes) -> nx.DiGraph[Any]:
     """The graph that :func:`write` wrote."""
     root = parse_xml(data)
     body = root.find(f"{_NS}graph")

@@ -37,7 +37,7 @@ _TAKEN = ("id", "node_default", "edge_default")  # networkx gives these a meanin
 _FORMAT, _VERSION, _MULTI = "sae_attn_format", "sae_attn_version", "sae_attn_multigraph"
 
 
-def write(graph: nx.DiGraph) -> bytes:
+def write(graph: nx.DiGraph[Any]) -> bytes:
     """The same graph gives the same bytes."""
     import networkx as nx
     from networkx.readwrite.graphml import GraphMLWriter
@@ -99,7 +99,7 @@ def marked(value: Any) -> str:
 # -- reading -------------------------------------------------------------------------------------
 
 
-def read(data: bytes) -> nx.DiGraph:
+def read(data: bytes) -> nx.DiGraph[Any]:
     """The graph that :func:`write` wrote.
 
     Read here and not by networkx, which takes repeated nodes and unknown ends in silence.

@@ -20,7 +20,7 @@ __all__ = ["graph_ledger"]
 TERMS = ("constant", "pruned_in", "internal")
 
 
-def graph_ledger(graph: nx.DiGraph) -> pd.DataFrame:
+def graph_ledger(graph: nx.DiGraph[Any]) -> pd.DataFrame:
     """What adds up at every target of a graph: one row per node that has a ledger.
 
     Args:
@@ -50,7 +50,7 @@ def graph_ledger(graph: nx.DiGraph) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), columns=columns, index=index, dtype=float)
 
 
-def restricted(graph: nx.DiGraph, keep: Iterable[str]) -> Any:
+def restricted(graph: nx.DiGraph[Any], keep: Iterable[str]) -> Any:
     """The part of a graph on some of its nodes; edges cut off are summed in ``pruned_in``."""
     kept = set(keep)
     part: Any = graph.subgraph(kept).copy()
@@ -76,7 +76,7 @@ def with_shares(graph: Any) -> Any:
     return graph
 
 
-def check_nodes(graph: nx.DiGraph, nodes: Iterable[Any], what: str) -> list[str]:
+def check_nodes(graph: nx.DiGraph[Any], nodes: Iterable[Any], what: str) -> list[str]:
     """Ids of nodes, each of which the graph has."""
     names = [str(node) for node in nodes]
     for name in names:

@@ -44,7 +44,7 @@ _NOTE = (
 )
 
 
-def to_mib(graph: nx.DiGraph, run: Run) -> dict[str, Any]:
+def to_mib(graph: nx.DiGraph[Any], run: Run) -> dict[str, Any]:
     """A graph as a circuit document of MIB and EAP-IG: heads, MLPs, ``input`` and ``logits``.
 
     The score of an edge is activation times gradient along the paths of the graph, in units of the
@@ -113,7 +113,7 @@ def to_mib(graph: nx.DiGraph, run: Run) -> dict[str, Any]:
 # -- the graph -----------------------------------------------------------------------------------
 
 
-def _check_run(graph: nx.DiGraph, run: Run) -> None:
+def _check_run(graph: nx.DiGraph[Any], run: Run) -> None:
     tokens = graph.graph.get("token_ids")
     if tokens != run.tokens[0].tolist() or len(run) != 1:
         raise InputError(
@@ -122,21 +122,21 @@ def _check_run(graph: nx.DiGraph, run: Run) -> None:
         )
 
 
-def _targets(graph: nx.DiGraph) -> list[str]:
+def _targets(graph: nx.DiGraph[Any]) -> list[str]:
     targets = [t for t in graph.graph.get("targets", ()) if t in graph]
     if not targets:
         raise InputError("the graph names no target that it holds; expected 'targets'")
     return targets
 
 
-def _in_weights(graph: nx.DiGraph, target: str) -> dict[str, float]:
+def _in_weights(graph: nx.DiGraph[Any], target: str) -> dict[str, float]:
     weights: defaultdict[str, float] = defaultdict(float)
     for source, _, weight in graph.in_edges(target, data="weight"):
         weights[source] += weight
     return dict(weights)
 
 
-def _gradients(graph: nx.DiGraph, targets: Iterable[str]) -> dict[str, float]:
+def _gradients(graph: nx.DiGraph[Any], targets: Iterable[str]) -> dict[str, float]:
     """d target / d pre-activation along the graph, of every node with in-edges, from the top down.
 
     An active feature's activation moves with its pre-activation, one to one.
@@ -165,7 +165,7 @@ def _gradients(graph: nx.DiGraph, targets: Iterable[str]) -> dict[str, float]:
 
 
 def _split_edges(
-    graph: nx.DiGraph, run: Run, parts: _Parts, target: str
+    graph: nx.DiGraph[Any], run: Run, parts: _Parts, target: str
 ) -> dict[tuple[str | None, str], float]:
     """The edges into a target, summed by the component that writes and the input that reads."""
     weights = _in_weights(graph, target)

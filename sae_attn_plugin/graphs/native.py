@@ -40,7 +40,7 @@ _KEY = "sae_attn"
 _INT64 = range(-(2**63), 2**63)
 
 
-def write(content: nx.DiGraph | Attribution, heads: bool = True) -> bytes:
+def write(content: nx.DiGraph[Any] | Attribution, heads: bool = True) -> bytes:
     """The file of a graph or an attribution; the same content gives the same bytes.
 
     Args:
@@ -57,7 +57,7 @@ def write(content: nx.DiGraph | Attribution, heads: bool = True) -> bytes:
     return _dump("graph", document, tensors)
 
 
-def read(data: bytes) -> nx.DiGraph | Attribution:
+def read(data: bytes) -> nx.DiGraph[Any] | Attribution:
     """What :func:`write` wrote.
 
     Raises:
@@ -224,7 +224,7 @@ def _dtype(values: list[Any]) -> Any:
     return np.int64 if kinds == {int} and all(value in _INT64 for value in values) else None
 
 
-def _unpack_graph(document: Any, tensors: _Tensors) -> nx.DiGraph:
+def _unpack_graph(document: Any, tensors: _Tensors) -> nx.DiGraph[Any]:
     names = document["nodes"]
     nodes: list[dict[str, Any]] = [{"id": name} for name in names]
     _unpack_columns(document["node_attributes"], nodes, tensors)

@@ -61,7 +61,7 @@ _TYPES = {
 
 
 def to_neuronpedia(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     *,
     slug: str | None = None,
     scan: str | None = None,
@@ -174,7 +174,7 @@ def cantor_pair(layer: int, feature: int) -> int:
 
 class _Writer:
     def __init__(
-        self, graph: nx.DiGraph, nodes: dict[str, Node], no_feature: int | None, cantor: bool
+        self, graph: nx.DiGraph[Any], nodes: dict[str, Node], no_feature: int | None, cantor: bool
     ) -> None:
         self.graph = graph
         self.cantor = cantor
@@ -345,7 +345,7 @@ class _Writer:
         return row
 
 
-def _links(graph: nx.DiGraph) -> dict[tuple[str, str], dict[str, Any]]:
+def _links(graph: nx.DiGraph[Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """One link per pair, as the pages expect: heads summed, and kept beside the sum."""
     if not graph.is_multigraph():
         return {

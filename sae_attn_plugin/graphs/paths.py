@@ -67,7 +67,7 @@ class Path:
 
 
 def strongest_paths(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     target: str | Node | None = None,
     n: int = 5,
     source: str | int | Node | None = None,
@@ -141,7 +141,7 @@ def _rank(partial: _Partial) -> float:
     return -partial.share
 
 
-def _path(graph: nx.DiGraph, end: _Partial) -> Path:
+def _path(graph: nx.DiGraph[Any], end: _Partial) -> Path:
     steps = list(end.chain())[::-1]
     return Path(
         nodes=tuple(step.node for step in steps),
@@ -152,7 +152,9 @@ def _path(graph: nx.DiGraph, end: _Partial) -> Path:
     )
 
 
-def _in_edges(graph: nx.DiGraph, node: str) -> Iterator[tuple[str, float, float, str | int | None]]:
+def _in_edges(
+    graph: nx.DiGraph[Any], node: str
+) -> Iterator[tuple[str, float, float, str | int | None]]:
     """``(source, share, weight, key)`` of the edges into a node that carry anything."""
     edges: Any
     if isinstance(graph, nx.MultiDiGraph):
@@ -169,7 +171,7 @@ def _in_edges(graph: nx.DiGraph, node: str) -> Iterator[tuple[str, float, float,
             yield before, share, weight, key[0] if key else None
 
 
-def find_targets(graph: nx.DiGraph, target: str | Node | None) -> set[str]:
+def find_targets(graph: nx.DiGraph[Any], target: str | Node | None) -> set[str]:
     if target is None:
         targets: set[str] = set(graph.graph.get("targets", []))
         if not targets:
@@ -182,7 +184,7 @@ def find_targets(graph: nx.DiGraph, target: str | Node | None) -> set[str]:
     return targets
 
 
-def find_starts(graph: nx.DiGraph, source: str | int | Node | None) -> Iterable[str]:
+def find_starts(graph: nx.DiGraph[Any], source: str | int | Node | None) -> Iterable[str]:
     def leaves(keep: Callable[[Node], bool]) -> list[str]:
         return [v for v, degree in graph.in_degree if degree == 0 and keep(Node.parse(v))]
 
@@ -203,7 +205,7 @@ def find_starts(graph: nx.DiGraph, source: str | int | Node | None) -> Iterable[
     return [source]
 
 
-def _hint(graph: nx.DiGraph) -> str:
+def _hint(graph: nx.DiGraph[Any]) -> str:
     return f" ({len(graph)} nodes; pruning may have removed it)"
 
 

@@ -66,7 +66,7 @@ _LONGEST_TOKEN = 16
 
 
 def draw(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     path: str | Path | None = None,
     *,
     max_nodes: int = 250,
@@ -128,10 +128,10 @@ class Writing:
 
     def __init__(self, family: str) -> None:
         try:
-            self.file = font_manager.findfont(family, fallback_to_default=False)
+            self.file: str = font_manager.findfont(family, fallback_to_default=False)
         except ValueError:
             raise InputError(f"matplotlib knows no font {family!r}") from None
-        self.glyphs = frozenset(font_manager.get_font(self.file).get_charmap())
+        self.glyphs: frozenset[int] = frozenset(font_manager.get_font(self.file).get_charmap())
 
     def properties(self, size: float, bold: bool = False) -> font_manager.FontProperties:
         if bold and self.file == font_manager.findfont(_FONT):
@@ -250,7 +250,9 @@ class _Edge:
 class _Scene:
     """What is drawn, and where."""
 
-    def __init__(self, graph: nx.DiGraph, writing: Writing, max_nodes: int, max_edges: int) -> None:
+    def __init__(
+        self, graph: nx.DiGraph[Any], writing: Writing, max_nodes: int, max_edges: int
+    ) -> None:
         self.graph, self.writing = graph, writing
         targets = set(graph.graph.get("targets", []))
         names = sorted(
@@ -554,7 +556,7 @@ class _Scene:
         )  # fmt: skip
 
 
-def _edges(graph: nx.DiGraph) -> list[_Edge]:
+def _edges(graph: nx.DiGraph[Any]) -> list[_Edge]:
     """Edges with the influence they carry; parallel ones added up."""
     weights: dict[tuple[str, str], float] = defaultdict(float)
     shares: dict[tuple[str, str], float] = {}

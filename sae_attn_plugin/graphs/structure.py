@@ -37,7 +37,7 @@ class Cut:
 
 
 def min_cut(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     source: str | int | Node | None = None,
     target: str | Node | None = None,
     *,
@@ -123,7 +123,7 @@ def min_cut(
 
 
 def dominators(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     source: str | int | Node | None = None,
     target: str | Node | None = None,
 ) -> list[str]:
@@ -154,7 +154,7 @@ def dominators(
 
 
 def subgraph_around(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     nodes: str | Node | Iterable[str | Node],
     up: int | None = None,
     down: int | None = None,
@@ -186,7 +186,7 @@ def subgraph_around(
     return restricted(graph, keep)
 
 
-def _between(graph: nx.DiGraph, starts: Iterable[str], targets: Iterable[str]) -> set[str]:
+def _between(graph: nx.DiGraph[Any], starts: Iterable[str], targets: Iterable[str]) -> set[str]:
     """Nodes on some path from a start to a target."""
     starts, targets = set(starts), set(targets)
     after = starts.union(*(nx.descendants(graph, node) for node in starts))
@@ -195,7 +195,7 @@ def _between(graph: nx.DiGraph, starts: Iterable[str], targets: Iterable[str]) -
 
 
 def _flow_of_influence(
-    graph: nx.DiGraph, targets: set[str]
+    graph: nx.DiGraph[Any], targets: set[str]
 ) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float], dict[str, float]]:
     """``(weight, influence passed on)`` by pair, and influence by node, along the graph."""
     weights: dict[tuple[str, str], float] = {}

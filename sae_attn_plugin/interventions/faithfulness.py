@@ -106,7 +106,7 @@ class Faithfulness:
 
 
 def faithfulness(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     lens: FeatureLens,
     data: Dataset,
     *,
@@ -227,7 +227,7 @@ def _fraction(means: np.ndarray) -> np.ndarray:
     return (means[..., 0] - means[..., 2]) / (means[..., 1] - means[..., 2])
 
 
-def _components(graph: nx.DiGraph, errors: bool, positions: Any) -> list[Component]:
+def _components(graph: nx.DiGraph[Any], errors: bool, positions: Any) -> list[Component]:
     """The circuit's components, the most influential first; the influence of one that stands for
     several nodes is the sum of theirs."""
     influence: dict[Component, float] = defaultdict(float)

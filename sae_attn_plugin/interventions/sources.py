@@ -79,7 +79,8 @@ class Sources:
     """The runs and data sets that edits take values from, by name."""
 
     def __init__(self, lens: FeatureLens, given: Mapping[str, Any]) -> None:
-        self.lens, self.given = lens, dict(given)
+        self.lens: FeatureLens = lens
+        self.given: dict[str, Any] = dict(given)
         self._means: dict[tuple[Quantity, Mean, Position], Tensor] = {}
 
     def values(

@@ -205,7 +205,7 @@ class Validation:
 
 
 def validate(
-    graph: nx.DiGraph,
+    graph: nx.DiGraph[Any],
     lens: FeatureLens,
     *,
     max_sources: int | None = None,
@@ -294,7 +294,7 @@ def validate(
     )
 
 
-def _edges(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
+def _edges(graph: nx.DiGraph[Any]) -> dict[tuple[str, str], float]:
     """Weight by ``(source, target)``, with the heads of a ``MultiDiGraph`` summed."""
     edges: dict[tuple[str, str], float] = defaultdict(float)
     for source, target, weight in graph.edges(data="weight"):
@@ -334,7 +334,7 @@ class _Measure:
     model's live residual stream, with its activation ratios held where MLPs are.
     """
 
-    def __init__(self, run: Run, graph: nx.DiGraph) -> None:
+    def __init__(self, run: Run, graph: nx.DiGraph[Any]) -> None:
         self.run = run
         targets = {Node.parse(target) for _, target in graph.edges()}
         kinds = {node.kind for node in targets}
@@ -415,7 +415,7 @@ class _Measure:
         return mlp.post_norm.linear(out, mlp.post_scale[at])
 
 
-def _directions(run: Run, graph: nx.DiGraph) -> dict[Node, Tensor]:
+def _directions(run: Run, graph: nx.DiGraph[Any]) -> dict[Node, Tensor]:
     """The gradient of the graph's targets at every node that passes on what it reads."""
     known = graph.graph
     targets = [_as_target(Node.parse(name)) for name in known["targets"]]
@@ -485,7 +485,7 @@ def _swap(
     return list(found)
 
 
-def _weights(run: Run, pairs: Sequence[tuple[str, str]], graph: nx.DiGraph) -> list[float]:
+def _weights(run: Run, pairs: Sequence[tuple[str, str]], graph: nx.DiGraph[Any]) -> list[float]:
     """The edges between given pairs, zero where there is none."""
     targets = [_as_target(Node.parse(target)) for _, target in pairs]
     expand = graph.graph.get("expand", "writers")

@@ -39,6 +39,14 @@ class InductionDataset:
         bos: the id at position 0, or None where rows start with ordinary tokens.
     """
 
+    rows: Rows
+    tokenizer: Any
+    bos: int | None
+    row: Int[Tensor, " repeat"]
+    destination: Int[Tensor, " repeat"]
+    source: Int[Tensor, " repeat"]
+    prefix: Int[Tensor, " repeat"]
+
     def __init__(
         self, rows: Rows, repeats: Int[Tensor, "repeat 4"], tokenizer: Any, bos: int | None
     ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_attn_plugin.demo import language
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.tasks.rows import check_count, pad, padding_id
+from sae_attn_plugin.tasks.rows import Rows, check_count, pad, padding_id
 from sae_attn_plugin.tokens import encode_prompt, need_tokenizer, own_convention, single_token
 
 __all__ = ["NAMES", "OBJECTS", "PLACES", "ROLES", "TEMPLATES", "Dropped", "IOIDataset", "IOISample"]
@@ -163,6 +163,16 @@ class IOIDataset:
     Raises:
         InputError: fewer than five usable names, a template without the roles, none usable.
     """
+
+    tokenizer: Any
+    seed: int
+    prepend_bos: bool
+    dropped: Dropped
+    samples: tuple[IOISample, ...]
+    rows: Rows
+    positions: dict[str, Int[Tensor, " n"]]
+    correct: Int[Tensor, " n"]
+    wrong: Int[Tensor, " n"]
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ def style() -> str:
     return _asset("page.css")
 
 
-def page_data(graph: nx.DiGraph) -> dict[str, Any]:
+def page_data(graph: nx.DiGraph[Any]) -> dict[str, Any]:
     """What ``SaeAttnGraph.mount`` shows, as plain JSON data; ``docs/page.md`` has the shape.
 
     Args:
@@ -132,7 +132,7 @@ def _node(name: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
     return _rounded(row)
 
 
-def _edges(graph: nx.DiGraph, index: Mapping[str, int]) -> list[list[Any]]:
+def _edges(graph: nx.DiGraph[Any], index: Mapping[str, int]) -> list[list[Any]]:
     """``[source, target, weight, share]`` and, where known, the weights by head."""
     weights: dict[tuple[str, str], float] = {}
     heads: dict[tuple[str, str], dict[str, float]] = {}
@@ -167,7 +167,7 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def page_html(graph: nx.DiGraph, *, title: str | None = None) -> str:
+def page_html(graph: nx.DiGraph[Any], *, title: str | None = None) -> str:
     """The file's text; see :func:`graph_to_html`."""
     data = page_data(graph)
     if title is None:
@@ -189,7 +189,7 @@ def page_html(graph: nx.DiGraph, *, title: str | None = None) -> str:
     )
 
 
-def graph_to_html(graph: nx.DiGraph, path: str | Path, *, title: str | None = None) -> None:
+def graph_to_html(graph: nx.DiGraph[Any], path: str | Path, *, title: str | None = None) -> None:
     """Write a graph as one HTML file that shows it, offline, in any browser of today.
 
     Tokens along the bottom, layers upward. Everything about a node that the graph holds is shown:
@@ -243,7 +243,7 @@ class Page:
         )
 
 
-def show(graph: nx.DiGraph, *, title: str | None = None, height: int = 680) -> Page:
+def show(graph: nx.DiGraph[Any], *, title: str | None = None, height: int = 680) -> Page:
     """A page for a graph, to look at in a notebook or to save.
 
     Args:
@@ -257,7 +257,7 @@ def show(graph: nx.DiGraph, *, title: str | None = None, height: int = 680) -> P
     return Page(page_html(graph, title=title), height)
 
 
-def page(run: Run, graph: nx.DiGraph, *, title: str | None = None, **options: Any) -> Page:
+def page(run: Run, graph: nx.DiGraph[Any], *, title: str | None = None, **options: Any) -> Page:
     """A page for a graph with what the run knows besides: DFA, edges by head, QK pairs.
 
     Args:
