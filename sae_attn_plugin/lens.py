@@ -581,7 +581,7 @@ class Run:
         return self._lean[name]
 
     @functools.cached_property
-    def reads(self) -> dict[tuple[FeatureKind, int], Float[Tensor, "batch position ..."]]:
+    def reads(self) -> dict[tuple[str, int], Float[Tensor, "batch position ..."]]:
         """What each dictionary reads, by the kind of its features and its layer."""
         lens, values = self.lens, self.capture.values
         return {

@@ -69,7 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer, hook in ((1, "hook_resid_post"), (2, "hook_resid_mid")):
         sae_at(layer, hook, 30).save_model(folder / "residual" / f"{layer}.{hook}")
     stream = str(folder / "residual")
-    lens = sap.FeatureLens(lens.backend.model, str(folder / "saes"), residual_saes=stream)
+    model = sap.load_model(folder / "model")
+    lens = sap.FeatureLens(model, str(folder / "saes"), residual_saes=stream)
     options: dict[str, Any] = {"expand": {"residual": [2, 5]}, "residual": "recurse"}
     sap.save(lens.run(PROMPT).graph(sap.Logit("w7"), **options), folder / "residual.json")
     return folder

@@ -29,7 +29,6 @@ Dictionaries = Annotated[
 Host = Annotated[
     Backend | None, typer.Option(help="What runs the model. Default: as the file says.")
 ]
-Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 
 _BACKENDS = {
     "hooked_transformer": "transformer_lens",
@@ -39,7 +38,7 @@ _BACKENDS = {
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def load_graph(path: Path) -> nx.DiGraph:
+def load_graph(path: Path) -> nx.DiGraph[Any]:
     """A graph from any of its files."""
     loaded = sap.load(path)
     return loaded.to_networkx() if isinstance(loaded, sap.Attribution) else loaded

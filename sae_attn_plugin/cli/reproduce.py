@@ -9,7 +9,6 @@ import typer
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.graph_source import (
-    Device,
     Dictionaries,
     GraphFile,
     Host,
@@ -17,10 +16,9 @@ from sae_attn_plugin.cli.graph_source import (
     lens_of,
     load_graph,
 )
-from sae_attn_plugin.cli.options import check_device
+from sae_attn_plugin.cli.options import DeviceOption, check_device, check_files
 from sae_attn_plugin.cli.screen import session
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.io import check_writable
 
 _SHOWN = 10
 
@@ -32,7 +30,7 @@ def reproduce(
     transcoders: Dictionaries = None,
     residual_saes: Dictionaries = None,
     backend: Host = None,
-    device: Device = "cpu",
+    device: DeviceOption = "cpu",
     tolerance: Annotated[
         float, typer.Option(help="Largest difference, as a share of each target's scale.")
     ] = 1e-5,
@@ -42,10 +40,7 @@ def reproduce(
     with session() as screen:
         if not 0 <= tolerance < 1:
             raise InputError(f"--tolerance {tolerance}: expected a share in [0, 1)")
-        if out is not None:
-            if out.suffix.lower() != ".json":
-                raise InputError(f"expected a path that ends in .json, got {str(out)!r}")
-            check_writable(out)
+        check_files((out, ".json"))
         loaded = load_graph(graph)
         if out is not None and out.exists() and out.samefile(graph):
             raise InputError(f"{str(out)!r} is the graph itself; expected another file to write")

@@ -9,7 +9,6 @@ import typer
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.graph_source import (
-    Device,
     Dictionaries,
     GraphFile,
     Host,
@@ -17,7 +16,7 @@ from sae_attn_plugin.cli.graph_source import (
     lens_of,
     load_graph,
 )
-from sae_attn_plugin.cli.options import check_device
+from sae_attn_plugin.cli.options import DeviceOption, check_counts, check_device
 from sae_attn_plugin.cli.screen import plain, session
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import check_writable
@@ -37,7 +36,7 @@ def validate(
     transcoders: Dictionaries = None,
     residual_saes: Dictionaries = None,
     backend: Host = None,
-    device: Device = "cpu",
+    device: DeviceOption = "cpu",
     max_sources: Annotated[
         int, typer.Option(help="Test the edges of so many sources, the most influential ones.")
     ] = 20,
@@ -54,8 +53,7 @@ def validate(
 ) -> None:
     """Remove the sources of a graph's edges on the model, against what the edges predict."""
     with session() as screen:
-        if max_sources < 1:
-            raise InputError(f"--max-sources {max_sources}: expected at least 1")
+        check_counts(max_sources=max_sources)
         files = out or []
         for path in files:
             if path.suffix.lower() not in _ENDINGS:
