@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sae_attn_plugin.errors import InputError
 
-__all__ = ["NOTHING", "Interval", "bootstrap"]
+__all__ = ["NOTHING", "Interval", "bootstrap", "wilson"]
 
 _AT_ONCE = 2**24  # numbers drawn at a time
 
@@ -88,3 +88,25 @@ def bootstrap(
 
 def _first(means: np.ndarray) -> np.ndarray:
     return means[..., 0]
+
+
+def wilson(
+    hits: npt.ArrayLike, n: npt.ArrayLike, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shares ``hits / n`` with Wilson score intervals (Wilson 1927), elementwise.
+
+    Unlike a bootstrap, the interval is not empty where all samples agree. Where ``n`` is 0, all
+    three are NaN.
+
+    Returns:
+        Share, lower end, upper end.
+    """
+    from scipy.stats import norm
+
+    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    k, n = np.asarray(hits, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = k / n
+        middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+        half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return share, np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)

@@ -708,9 +708,11 @@ class _Feature:
     bias: float = 0.0
 
 
-def _looks_back(moves: Sequence[tuple[str, Coordinates]], gain: float) -> _Head:
+def _looks_back(
+    moves: Sequence[tuple[str, Coordinates]], gain: float, n_ctx: int = _N_CTX
+) -> _Head:
     """A head that looks at the position before, by learned positions; position 0 sees itself."""
-    matches = [({f"@{p}": 1.0}, {f"@{p - 1}": 1.0}) for p in range(1, _N_CTX)]
+    matches = [({f"@{p}": 1.0}, {f"@{p - 1}": 1.0}) for p in range(1, n_ctx)]
     return _Head(matches, moves, gain, rests=False)
 
 
@@ -846,14 +848,15 @@ def _gpt2(
     layers: Sequence[Sequence[_Head]],
     unembed: Mapping[str, Coordinates],
     positions: bool,
-    _n_kv_heads: int,
+    _n_kv_heads: int = 0,
+    n_ctx: int = _N_CTX,
 ) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     n_heads = len(layers[0])
     config: Any = GPT2Config(
         **_shared(vocabulary),
-        n_positions=_N_CTX,
+        n_positions=n_ctx,
         n_embd=stream.d_model,
         n_layer=len(layers),
         n_head=n_heads,
@@ -864,7 +867,7 @@ def _gpt2(
     _clear(model)
     with torch.no_grad():
         if positions:
-            for p in range(_N_CTX):
+            for p in range(n_ctx):
                 model.transformer.wpe.weight[p] = stream.write({f"@{p}": 1})
         _tokens(stream, vocabulary, unembed, model.transformer.wte, model.lm_head)
         for block, heads in zip(model.transformer.h, layers, strict=True):

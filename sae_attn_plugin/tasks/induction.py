@@ -8,7 +8,7 @@ to the source; a duplicate-token head attends one token before the source.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -322,14 +322,20 @@ def fuzzy_classes(tokenizer: Any, d_vocab: int) -> Int[Tensor, " d_vocab"]:
     tokens, tokens of nothing but spaces, and ids without text are each their own class; without a
     tokenizer all are.
     """
-    classes = torch.arange(d_vocab)
     if tokenizer is None:
-        return classes
+        return torch.arange(d_vocab)
     special = set(tokenizer.all_special_ids)
+    numbers = [i for i in range(min(d_vocab, len(tokenizer))) if i not in special]
+    return classes_of({i: token_string(tokenizer, i) for i in numbers}, d_vocab)
+
+
+def classes_of(strings: Mapping[int, str], d_vocab: int) -> Int[Tensor, " d_vocab"]:
+    """:func:`fuzzy_classes` from the strings of tokens; those not given are their own class."""
+    classes = torch.arange(d_vocab)
     first: dict[str, int] = {}
-    for number in range(min(d_vocab, len(tokenizer))):
-        text = token_string(tokenizer, number).removeprefix(" ").lower()
-        if number not in special and text.strip():
+    for number, string in strings.items():
+        text = string.removeprefix(" ").lower()
+        if text.strip():
             classes[number] = first.setdefault(text, number)
     return classes
 
