@@ -101,9 +101,9 @@ def wilson(
     Returns:
         Share, lower end, upper end.
     """
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
-    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    z2 = float(ndtri((1 + level) / 2)) ** 2
     k, n = np.asarray(hits, dtype=np.float64), np.asarray(n, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = k / n

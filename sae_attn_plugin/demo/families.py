@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sae_attn_plugin.demo.circuits import (
     BOS,
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from sae_attn_plugin.lens import FeatureLens
     from sae_attn_plugin.studies import Study
 
-__all__ = ["PlantedFamilies", "compare", "plant"]
+__all__ = ["PlantedFamilies", "compare", "plant", "pooled", "recovery"]
 
 N_CTX = 96
 _N_HEADS = 4
@@ -72,8 +74,8 @@ TOPICS = tuple(
         "drum flute harp horn bell lute pipe viol",
     )
 )
-NUMBERS = tuple("one two three four five six seven eight nine ten eleven twelve".split())
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+NUMBERS = tuple(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
+DAYS = tuple(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"])
 TITLE = "title"
 WORDS = tuple(word for topic in TOPICS for word in topic)
 _COUNTED = NUMBERS + DAYS
@@ -202,6 +204,45 @@ def compare(planted: PlantedFamilies, study: Study) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def recovery(
+    noises: Sequence[float] = (0.0, 0.5, 1.0, 2.0),
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    rows: int = 160,
+    sample: int = 40,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Precision and recall of the family tests on planted features, by noise.
+
+    Args:
+        sample: firings of each feature that the survey draws for the tests.
+
+    Returns:
+        The columns of :func:`compare` with ``noise`` and ``seed``; ``pooled`` makes one table of
+        the seeds.
+    """
+    from sae_attn_plugin.corpus.survey import survey
+    from sae_attn_plugin.studies.families import families
+
+    cases = [(noise, seed) for noise in noises for seed in seeds]
+    parts = []
+    for noise, seed in tqdm(cases, desc="planting families", disable=not progress):
+        planted = plant(seed, noise, rows=rows)
+        with tempfile.TemporaryDirectory() as folder:
+            found = survey(planted.lens(), planted.rows, folder, sample=sample, progress=False)
+            table = compare(planted, families(found))
+        parts.append(table.assign(noise=noise, seed=seed))
+    return pd.concat(parts, ignore_index=True)
+
+
+def pooled(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`recovery` with the counts of all seeds added up."""
+    counts = table.groupby(["noise", "family"], sort=False)[["planted", "found", "right"]].sum()
+    counts["precision"] = counts["right"] / counts["found"]
+    counts["recall"] = counts["right"] / counts["planted"]
+    return counts.reset_index()
 
 
 # -- the model -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ them, is at least half of all | q <= 8 |
 token and right after them, is at least half of all | q <= 32 |
 | ``successor`` | c(s) stands in a sequence (numbers, days, months, letters, ordinals, or \
 the user's) and its successor is among the ten tokens that the feature's decoder promotes most, \
-above c(s) itself | |
+with at least half the effect of the first and above c(s) itself | |
 
 ``positional`` is a criterion on the feature: the score is sum over bins b of max(0, p_b - u_b),
 where p_b is the share of its firings (all of them, counted) in position bin b and u_b that of all
@@ -40,6 +40,7 @@ that so many firings reach by chance, whichever is larger.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
 
     from sae_attn_plugin.corpus.survey import Survey
 
-__all__ = ["FAMILIES", "SEQUENCES", "families", "plot"]
+__all__ = ["FAMILIES", "SEQUENCES", "families", "family_scores", "plot"]
 
 FAMILIES = (
     "induction",
@@ -91,6 +92,7 @@ _ROLE = {
 }
 _NEAR, _FAR = 9, 17  # first distance that is not near, first that is far: edges of bins
 _LONGEST_PREFIX = 16  # tokens looked back
+_LEAST_EFFECT = 0.5  # of a successor, beside the token promoted most
 
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _ONES = "one two three four five six seven eight nine"
@@ -102,15 +104,14 @@ SEQUENCES: Mapping[str, tuple[str, ...]] = {
         "nineteen twenty".split()
     ),
     "tens": tuple(f"ten {_TENS} hundred".split()),
-    "ordinal": tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split()),
+    "ordinal": tuple(["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]),
     "ordinal number": ("1st", "2nd", "3rd", *(f"{n}th" for n in range(4, 21))),
-    "weekday": tuple("monday tuesday wednesday thursday friday saturday sunday monday".split()),
-    "short weekday": tuple("mon tue wed thu fri sat sun mon".split()),
+    "weekday": tuple(["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "monday"]),
+    "short weekday": tuple(["mon", "tue", "wed", "thu", "fri", "sat", "sun", "mon"]),
     "month": tuple(
-        "january february march april may june july august september october november december "
-        "january".split()
+        ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december", "january"]
     ),
-    "short month": tuple("jan feb mar apr may jun jul aug sep oct nov dec jan".split()),
+    "short month": tuple(["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec", "jan"]),
     "letter": tuple("abcdefghijklmnopqrstuvwxyz"),
 }
 """Sequences in which a token has a successor, compared without leading space and letter case."""
@@ -146,18 +147,74 @@ def families(
         to: score with interval, baseline, ``chance``, ``typical``, ``score_top``: the score of its
         strongest firings, ``dfa_share``: mean share of |DFA| at the family's role, the commonest
         token at s, and for induction the mean number of repeated tokens and how often the token at
-        s did come next), ``overlap`` (members of both of two families), ``false_positives``
-        (sampled firings of members that do not meet the criterion, in context) and ``scores``
-        (every feature and family with a score of at least half the threshold, members or not).
+        s did come next), ``overlap`` (members of both of two families), ``strongest``
+        (of features with at least twice as many firings as are kept of the strongest: those whose
+        strongest firings alone reach the threshold, those of them that are members, and members
+        among the others) and ``false_positives`` (sampled firings of members that do not meet the
+        criterion, in context). :func:`family_scores` has all scores.
 
     Raises:
         InputError: an unknown family, a layer not in the survey, a survey without sampled firings,
             no feature with enough of them.
     """
+    given = sequences or SEQUENCES
+    judge, found, table = _tested(survey, names, layers, threshold, min_firings, given)
+    check_count(examples, "examples", 0)
+    members = table[table["member"]].reset_index(drop=True)
+    by_layer = {layer.layer: layer for layer in found}
+    members = judge.described(members, by_layer)
+    settings = {
+        **survey.facts["provenance"],
+        "survey": {key: survey.facts[key] for key in ("rows", "tokens", "positions_counted")},
+        "families": judge.names,
+        "layers": [layer.layer for layer in found],
+        "threshold": threshold,
+        "min_firings": min_firings,
+        "near": [2, _NEAR - 1],
+        "far": _FAR,
+        "sequences": {name: list(values) for name, values in given.items()},
+    }
+    tables = {
+        "layers": _by_layer(table, judge.names),
+        "members": members,
+        "overlap": _overlap(members, judge.names),
+        "strongest": _strongest(table, judge.names, threshold, found),
+        "false_positives": judge.false_positives(members, by_layer, examples),
+    }
+    return Study("families", settings, tables)
+
+
+def family_scores(
+    survey: Survey,
+    names: Sequence[str] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    threshold: float = 0.5,
+    min_firings: int = 10,
+    sequences: Mapping[str, Sequence[str]] | None = None,
+) -> pd.DataFrame:
+    """Scores of every feature for every family, of members and others alike.
+
+    Args and errors are those of :func:`families`.
+
+    Returns:
+        ``layer, feature, family, fires, n`` (firings asked), ``score`` with ``score_low`` and
+        ``score_high``, ``baseline, chance, typical, score_top, dfa_share, member``.
+    """
+    return _tested(survey, names, layers, threshold, min_firings, sequences or SEQUENCES)[2]
+
+
+def _tested(
+    survey: Survey,
+    names: Sequence[str] | None,
+    layers: Sequence[int] | None,
+    threshold: float,
+    min_firings: int,
+    sequences: Mapping[str, Sequence[str]],
+) -> tuple[_Judge, list[_Layer], pd.DataFrame]:
     chosen = _names(names)
     wanted = chosen_layers(survey, layers)
     check_count(min_firings, "min_firings")
-    check_count(examples, "examples", 0)
     if not 0 < threshold <= 1:
         raise InputError(f"threshold={threshold}: expected a share in (0, 1]")
     if not (survey.examples["kind"] == "sample").any():
@@ -166,7 +223,7 @@ def families(
             "it with sample=20 or more"
         )
     where = text(survey)
-    judge = _Judge(survey, where, chosen, _successors(where, sequences or SEQUENCES))
+    judge = _Judge(survey, where, chosen, _successors(where, sequences))
     everything = [judge.layer(layer) for layer in chosen_layers(survey, None)]
     typical = _typical([f for f in everything if len(f.firings)], chosen, judge.edges)
     found = [f for f in everything if f.layer in wanted]
@@ -177,31 +234,10 @@ def families(
             f"no feature has {min_firings} sampled firings; survey more text, or with a larger "
             "sample=, or lower min_firings"
         )
-    above = table["low"] > table["baseline"]
+    above = table["score_low"] > table["baseline"]
     table["member"] = (table["score"] >= threshold) & above & (table["n"] >= min_firings)
-    members = table[table["member"]].reset_index(drop=True)
-    by_layer = {layer.layer: layer for layer in found}
-    members = judge.described(members, by_layer)
-    settings = {
-        **survey.facts["provenance"],
-        "survey": {key: survey.facts[key] for key in ("rows", "tokens", "positions_counted")},
-        "families": chosen,
-        "layers": wanted,
-        "threshold": threshold,
-        "min_firings": min_firings,
-        "near": [2, _NEAR - 1],
-        "far": _FAR,
-        "sequences": {name: list(values) for name, values in (sequences or SEQUENCES).items()},
-    }
-    keep = table["score"] >= threshold / 2
-    tables = {
-        "layers": _by_layer(survey, table, chosen, wanted, min_firings),
-        "members": members,
-        "overlap": _overlap(members, chosen),
-        "false_positives": judge.false_positives(members, by_layer, examples),
-        "scores": table[keep].reset_index(drop=True),
-    }
-    return Study("families", settings, tables)
+    # A criterion that can be asked of too few firings says nothing of the feature.
+    return judge, found, table[table["n"] >= min_firings].reset_index(drop=True)
 
 
 def _names(names: Sequence[str] | None) -> list[str]:
@@ -319,7 +355,9 @@ class _Judge:
         copies of the destination's token and what followed them hold is taken off, wherever it
         is, and from far sources what position 0 holds."""
         near = name == "local_context"
-        inside = (self.distances >= 2) & (self.distances < _NEAR) if near else self.distances >= _FAR
+        inside = (
+            (self.distances >= 2) & (self.distances < _NEAR) if near else self.distances >= _FAR
+        )
         room = f.position >= _NEAR if near else f.position > 2 * (_FAR - 1)
         less = ["duplicate", "induction", *([] if near else ["first"])]
         taken = f.roles[:, [ROLES.index(role) for role in less]].sum(1)
@@ -331,11 +369,13 @@ class _Judge:
         class itself, among its most promoted tokens."""
         if "successor" not in self.names:
             return None
-        frame = self.survey.logits
-        frame = frame[(frame["layer"] == layer) & (frame["sign"] > 0)]
+        best = self.survey.logits
+        best = best[(best["layer"] == layer) & (best["sign"] > 0)].sort_values("rank")
+        # tokens that a feature does not touch come next in line where it promotes few
+        first = best.groupby("feature")["effect"].transform("first")
+        best = best[(best["effect"] > 0) & (best["effect"] >= _LEAST_EFFECT * first)]
         rank: dict[tuple[int, int], int] = {}
-        best = frame.sort_values("rank")
-        classes = self.where.of_token[best["token"].to_numpy()]
+        classes = self.where.of_token[best["token"].to_numpy(np.int64)]
         for feature, one, place in zip(best["feature"], classes, best["rank"], strict=True):
             rank.setdefault((int(feature), int(one)), int(place))
         features = sorted({feature for feature, _ in rank})
@@ -402,8 +442,8 @@ class _Judge:
                 "fires": fires,
                 "n": n,
                 "score": score,
-                "low": low,
-                "high": high,
+                "score_low": low,
+                "score_high": high,
                 "baseline": usual if name in _TYPICAL else chance,
                 "chance": chance,
                 "typical": usual,
@@ -421,15 +461,8 @@ class _Judge:
     def _positional(self, layer: _Layer, alive: Any, fires: Any) -> pd.DataFrame:
         n_bins = len(self.edges)
         everywhere, by_class = self._positions
-        profile = self.survey.positions_profile
-        profile = profile[profile["layer"] == layer.layer]
-        d_sae = int(max(alive.max(initial=0), profile["feature"].max() if len(profile) else 0)) + 1
-        counts = np.zeros((d_sae, n_bins))
-        np.add.at(
-            counts,
-            (profile["feature"].to_numpy(), profile["position_bin"].to_numpy()),
-            profile["fires"].to_numpy(),
-        )
+        counts = self._profile(layer.layer)
+        d_sae = len(counts)
         counts = counts[alive]
         total = counts.sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -466,8 +499,8 @@ class _Judge:
                 "fires": fires,
                 "n": total.astype(np.int64),
                 "score": score,
-                "low": np.maximum(low - usual, 0),
-                "high": np.maximum(high - usual, 0),
+                "score_low": np.maximum(low - usual, 0),
+                "score_high": np.maximum(high - usual, 0),
                 "baseline": np.maximum(token, noise),
                 "chance": noise,
                 "typical": token,
@@ -476,10 +509,21 @@ class _Judge:
             }
         )
 
-    @property
+    @functools.cache  # noqa: B019 - lives as long as one study
+    def _profile(self, layer: int) -> npt.NDArray[np.float64]:
+        """``[feature, bin]``: firings."""
+        profile = self.survey.positions_profile
+        profile = profile[profile["layer"] == layer]
+        counts = np.zeros((int(self.survey.facts["d_sae"][str(layer)]), len(self.edges)))
+        where = profile["feature"].to_numpy(np.int64), profile["position_bin"].to_numpy(np.int64)
+        np.add.at(counts, where, profile["fires"].to_numpy(float))
+        return counts
+
+    @functools.cached_property
     def _positions(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """``[bin]``: of all positions; ``[class, bin]``: of those that hold a token. Both from the
-        sample of positions; a token that was not drawn has the positions of all."""
+        """Shares of bins: ``[bin]`` among all positions, counted, and ``[class, bin]`` among those
+        that hold a token, from the sample of positions; a token that was not drawn has the
+        positions of all."""
         drawn = self.survey.positions
         if drawn.empty:
             raise InputError("the survey drew no positions; make it with positions= above 0")
@@ -487,7 +531,8 @@ class _Judge:
         classes = self.where.classes[self.where.index(drawn["row"].to_numpy()), position]
         bins = np.searchsorted(self.edges, position, side="right") - 1
         n_bins = len(self.edges)
-        everywhere = np.bincount(bins, minlength=n_bins) / len(bins)
+        everywhere = np.asarray(self.survey.facts["positions_by_bin"], dtype=float)
+        everywhere = everywhere / everywhere.sum()
         counts = np.zeros((len(self.where.of_token), n_bins))
         np.add.at(counts, (classes, bins), 1)
         total = counts.sum(1, keepdims=True)
@@ -519,10 +564,7 @@ class _Judge:
     def _where_it_fires(self, layer: _Layer, feature: int) -> tuple[str, float, float, float]:
         """The position bin with most firings above its share."""
         everywhere, _ = self._positions
-        profile = self.survey.positions_profile
-        mine = profile[(profile["layer"] == layer.layer) & (profile["feature"] == feature)]
-        counts = np.zeros(len(self.edges))
-        counts[mine["position_bin"].to_numpy()] = mine["fires"].to_numpy()
+        counts = self._profile(layer.layer)[feature]
         p = counts / counts.sum()
         best = int(np.argmax(p - everywhere))
         low = int(self.edges[best])
@@ -623,30 +665,21 @@ def _typical(
     return found
 
 
-def _by_layer(
-    survey: Survey,
-    table: pd.DataFrame,
-    names: Sequence[str],
-    layers: Sequence[int],
-    min_firings: int,
-) -> pd.DataFrame:
+def _by_layer(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Shares of families, and of features in none."""
     rows = []
-    for layer in layers:
-        mine = table[table["layer"] == layer]
+    for layer, mine in table.groupby("layer"):
         features = mine.groupby("feature").agg(fires=("fires", "first"), any=("member", "any"))
-        if features.empty:
-            continue
         for name in [*names, "none"]:
             if name == "none":
                 group = features.assign(member=~features["any"])
             else:
-                group = mine[(mine["family"] == name) & (mine["n"] >= min_firings)]
+                group = mine[mine["family"] == name]
             if not len(group):
                 continue
             member, fires = group["member"].to_numpy(float), group["fires"].to_numpy(float)
             share, low, high = (float(x) for x in wilson(member.sum(), len(member)))
-            row: dict[str, Any] = {"layer": layer, "family": name, "features": len(group)}
+            row: dict[str, Any] = {"layer": int(layer), "family": name, "features": len(group)}  # type: ignore[arg-type]
             row |= {"members": int(member.sum()), "share": share}
             row |= {"share_low": low, "share_high": high}
             row |= _weighted(member, fires).columns("firings_share")
@@ -674,56 +707,74 @@ def _overlap(members: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         for name, group in members.groupby("family")
     }
     rows = [
-        {"family": one, **{other: len(of.get(one, set()) & of.get(other, set())) for other in names}}
+        {
+            "family": one,
+            **{other: len(of.get(one, set()) & of.get(other, set())) for other in names},
+        }
         for one in names
     ]
     return pd.DataFrame(rows)
 
 
+def _strongest(
+    table: pd.DataFrame, names: Sequence[str], threshold: float, layers: Sequence[_Layer]
+) -> pd.DataFrame:
+    """What reading the strongest firings alone would have found, of features with at least twice as
+    many firings as are kept of the strongest."""
+    kept = max(int(np.bincount(layer.top.feature).max()) for layer in layers if len(layer.top))
+    rows = []
+    for name in (name for name in names if name != "positional"):
+        group = table[(table["family"] == name) & (table["fires"] >= 2 * kept)]
+        by_top = group["score_top"] >= threshold
+        rows.append(
+            {
+                "family": name,
+                "features": len(group),
+                "by_strongest": int(by_top.sum()),
+                "confirmed": int((by_top & group["member"]).sum()),
+                "missed": int((~by_top & group["member"]).sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def plot(study: Study) -> Figure:
-    """Shares of families by layer, of features and of firings, and scores of strong firings beside
-    those of all firings."""
+    """Shares of families by layer, of features and of firings, and what the strongest firings alone
+    would have said."""
     from matplotlib.figure import Figure
 
-    table, scores = study.tables["layers"], study.tables["scores"]
+    table, strongest = study.tables["layers"], study.tables["strongest"]
     names = [name for name in [*study.settings["families"], "none"] if name in set(table["family"])]
     layers = sorted(table["layer"].unique())
     height = max(3.6, 0.36 * len(names) + 1.4)
-    figure = Figure(figsize=(5.4 + 0.9 * len(layers) * 1.2, height), layout="constrained")
-    ratios = [max(2.0, 0.6 * len(layers))] * 2 + [3.2]
-    left, middle, right = figure.subplots(1, 3, width_ratios=ratios)
-    for ax, column, title in (
-        (left, "share", "share of features"),
-        (middle, "firings_share", "share of firings"),
+    figure = Figure(figsize=(6.4 + 1.1 * len(layers), height), layout="constrained")
+    ratios = [max(2.0, 0.6 * len(layers))] * 2 + [2.6]
+    *maps, right = figure.subplots(1, 3, width_ratios=ratios)
+    for ax, column, title in zip(
+        maps, ("share", "firings_share"), ("share of features", "share of firings"), strict=True
     ):
         grid = table.pivot(index="family", columns="layer", values=column)
-        grid = grid.reindex(index=names, columns=layers)
-        ax.imshow(grid.to_numpy(float), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        for y, name in enumerate(names):
-            for x, layer in enumerate(layers):
-                value = grid.loc[name, layer]
-                if value == value:
-                    colour = "black" if value > 0.6 else "white"
-                    ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, size=7)
+        values = grid.reindex(index=names, columns=layers).to_numpy(float)
+        ax.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            if value == value:
+                colour = "black" if value > 0.6 else "white"
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, size=7)
         ax.set_xticks(range(len(layers)), layers)
         ax.set_yticks(range(len(names)), [n.replace("_", " ") for n in names])
-        ax.set(xlabel="layer", title=title)
-        ax.title.set_fontsize(10)
-    middle.set_yticklabels([])
-    for number, name in enumerate(study.settings["families"]):
-        group = scores[(scores["family"] == name) & scores["score_top"].notna()]
-        right.scatter(
-            group["score"],
-            group["score_top"],
-            s=6,
-            alpha=0.5,
-            color=f"C{number}",
-            label=name.replace("_", " "),
-        )
-    right.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    right.axvline(study.settings["threshold"], color="grey", ls=":", lw=0.8)
-    right.set(xlabel="score, all firings", ylabel="score, strongest firings")
-    right.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    right.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2)
+        ax.set_xlabel("layer")
+        ax.set_title(title, size=10)
+    maps[1].set_yticklabels([])
+    places = strongest["family"].map(names.index)
+    right.barh(places, strongest["by_strongest"], color="C1", label="by strongest firings")
+    right.barh(places, strongest["confirmed"], color="C0", label="and by all")
+    right.barh(places, -strongest["missed"], color="C2", label="by all only")
+    right.set_ylim(len(names) - 0.5, -0.5)
+    right.set_yticks(range(len(names)), [""] * len(names))
+    right.xaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
+    right.axvline(0, color="black", lw=0.6)
+    right.set_xlabel("features")
+    right.set_title("found by strongest firings", size=10)
+    right.legend(fontsize=7, loc="lower right")
     figure.suptitle(f"Families of attention features: {study.settings.get('model', '')}", size=11)
     return figure

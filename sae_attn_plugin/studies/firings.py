@@ -60,7 +60,9 @@ class Text:
         line = [t for t in self.tokens[row].tolist() if t >= 0]
         # words of tokenizers that split at spaces, and ids, carry no space of their own
         spaced = any(string.startswith(" ") for string in self.strings.values())
-        text = ("" if spaced else " ").join(map(self.string, line[max(0, position - before) : position + 1]))
+        text = ("" if spaced else " ").join(
+            map(self.string, line[max(0, position - before) : position + 1])
+        )
         return text, self.string(line[position + 1]) if position + 1 < len(line) else ""
 
 
