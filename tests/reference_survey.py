@@ -240,7 +240,7 @@ class ReferenceSurvey:
     def sample(self, places: list[tuple[int, int]]) -> pd.DataFrame:
         """The active features at some positions ``(row, position)``."""
         wanted = pd.DataFrame(places, columns=["row", "position"])
-        found = self.firings.merge(wanted, on=["row", "position"])
+        found: Any = self.firings.merge(wanted, on=["row", "position"])
         return found[["row", "position", "layer", "feature", "activation"]]
 
     def cofiring(self, places: list[tuple[int, int]], most: int = 10) -> pd.DataFrame:
@@ -297,7 +297,7 @@ class ReferenceSurvey:
         counted = self.firings.assign(
             position_bin=bin_of(self.firings["position"], self.position_edges)
         )
-        sizes = counted.groupby(["layer", "feature", "position_bin"]).size()
+        sizes: Any = counted.groupby(["layer", "feature", "position_bin"]).size()
         return sizes.rename("fires").reset_index()
 
     @functools.cached_property

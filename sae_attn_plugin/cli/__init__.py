@@ -16,6 +16,7 @@ from sae_attn_plugin.cli.evaluate import evaluate
 from sae_attn_plugin.cli.explore import explore
 from sae_attn_plugin.cli.export import export
 from sae_attn_plugin.cli.graph import graph
+from sae_attn_plugin.cli.heads import heads
 from sae_attn_plugin.cli.releases import releases
 from sae_attn_plugin.cli.reproduce import reproduce
 from sae_attn_plugin.cli.study import study
@@ -59,6 +60,6 @@ def _options(
 
 for _command in (
     *(demo, graph, validate, reproduce, export, explore),
-    *(train, evaluate, study, releases),
+    *(train, evaluate, study, heads, releases),
 ):
     app.command()(_command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,7 +101,7 @@ def study(
         if "seed" in inspect.signature(function).parameters:
             options.setdefault("seed", seed)
         check_device(device)
-        lens = _load(screen, model, saes, backend.value, device, dtype)
+        lens = load_lens(screen, model, saes, backend.value, device, dtype)
         arguments: list[Any] = [lens]
         if name in _TAKE_TEXT and given:
             n = rows if limit is None else min(rows, limit)
@@ -123,7 +124,7 @@ def study(
 
         write_png(figure, files[1])
         screen.heading(f"{name.value}: {lens}")
-        _show(screen, result)
+        show(screen, result)
         screen.heading("Written")
         screen.lines(*map(str, files))
 
@@ -149,7 +150,7 @@ def _options(function: Any, pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def _load(
+def load_lens(
     screen: Screen, model: str, saes: str | None, backend: str, device: str, dtype: Dtype
 ) -> FeatureLens:
     import torch
@@ -198,15 +199,20 @@ def _windows(
     return torch.tensor(token_rows(random.Random(f"study {seed}"), n, length))
 
 
-def _show(screen: Screen, result: Study) -> None:
+def show(
+    screen: Screen, result: Study, names: Sequence[str] | None = None, rows: int = _ROWS
+) -> None:
+    """Tables of a study, all or some by name, cut after ``rows``."""
     for title, table in result.tables.items():
+        if names is not None and title not in names:
+            continue
         # Ends of intervals go beside their value.
         whole = [c for c in table.columns if not str(c).endswith(("_low", "_high"))]
-        more = f", {_ROWS} of {len(table)} rows" if len(table) > _ROWS else ""
+        more = f", {rows} of {len(table)} rows" if len(table) > rows else ""
         screen.heading(f"{title}{more}")
         screen.table(
             [str(c) for c in whole],
-            ([_cell(row, str(c)) for c in whole] for row in table.head(_ROWS).to_dict("records")),
+            ([_cell(row, str(c)) for c in whole] for row in table.head(rows).to_dict("records")),
         )
 
 

@@ -1,7 +1,7 @@
 """Features whose family is known by construction, among features of none.
 
 A GPT-2 of two layers with four heads each, and an attention-z SAE for each layer, are written down
-so that every feature reads what one head does (see :mod:`sae_attn_plugin.demo.circuits` for how such
+so that every feature reads what one head does (:mod:`sae_attn_plugin.demo.circuits` says how such
 models are written):
 
 | layer, head | looks at | z holds |
@@ -15,8 +15,8 @@ models are written):
 | 1.2 | all positions, alike | their tokens, averaged |
 | 1.3 | the position before | the token there, if it counts (numbers, days) |
 
-The families of its features follow: features of 0.0 are previous-token features, and so on. Those of
-1.2 read the topic of a row (a set of words; some rows are about one), those of 1.3 write the
+The families of its features follow: features of 0.0 are previous-token features, and so on. Those
+of 1.2 read the topic of a row (a set of words; some rows are about one), those of 1.3 write the
 successor of what they read. Decoys belong to fewer families than they seem to, or to none:
 
 - "mixed" features fire for any of three unrelated reasons, each about a third of the time;
@@ -24,12 +24,14 @@ successor of what they read. Decoys belong to fewer families than they seem to, 
 - features of 1.3 that promote an unrelated word, or the number itself;
 - features that never fire.
 
-Noise is added to every weight matrix of model and SAEs: independent Gaussian noise of ``noise``
-times the root mean square of its entries.
+Noise is added to what features read and write: encoders, decoders, values and output projections
+get independent Gaussian noise of ``noise`` times the root mean square of their entries. Queries and
+keys are left alone, since a head that looks elsewhere makes features of another family.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import tempfile
@@ -65,24 +67,27 @@ __all__ = ["PlantedFamilies", "compare", "plant", "pooled", "recovery"]
 N_CTX = 96
 _N_HEADS = 4
 _N = 304  # coordinates, some of them unused
-TOPICS = tuple(
-    tuple(words.split())
-    for words in (
-        "cat dog horse goat duck fox bear owl",
-        "bread soup rice milk honey corn jam tea",
-        "rain snow wind storm cloud frost hail fog",
-        "drum flute harp horn bell lute pipe viol",
-    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TOPICS = (
+    _words("cat dog horse goat duck fox bear owl"),
+    _words("bread soup rice milk honey corn jam tea"),
+    _words("rain snow wind storm cloud frost hail fog"),
+    _words("drum flute harp horn bell lute pipe viol"),
 )
-NUMBERS = tuple(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
-DAYS = tuple(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"])
+NUMBERS = _words("one two three four five six seven eight nine ten eleven twelve")
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 TITLE = "title"
 WORDS = tuple(word for topic in TOPICS for word in topic)
 _COUNTED = NUMBERS + DAYS
 _ORDINARY = (*WORDS, *_COUNTED, TITLE)
 VOCABULARY = (BOS, *_ORDINARY)
 _NEXT = {
-    **dict(zip(NUMBERS, NUMBERS[1:], strict=False)),
+    **dict(itertools.pairwise(NUMBERS)),
     **dict(zip(DAYS, (*DAYS[1:], DAYS[0]), strict=True)),
 }
 _WINDOWS = ((4, 8), (16, 20), (32, 36), (64, 72))  # positions, the last one out
@@ -239,7 +244,9 @@ def recovery(
 
 def pooled(table: pd.DataFrame) -> pd.DataFrame:
     """:func:`recovery` with the counts of all seeds added up."""
-    counts = table.groupby(["noise", "family"], sort=False)[["planted", "found", "right"]].sum()
+    counts: Any = table.groupby(["noise", "family"], sort=False)[
+        ["planted", "found", "right"]
+    ].sum()
     counts["precision"] = counts["right"] / counts["found"]
     counts["recall"] = counts["right"] / counts["planted"]
     return counts.reset_index()
@@ -361,12 +368,13 @@ def _second(rng: random.Random, each: int, unit: float) -> list[_Planted]:
 def _add_noise(model: Any, saes: Sequence[Any], noise: float, generator: torch.Generator) -> None:
     if not noise:
         return
-    weights = [p for p in model.parameters() if p.ndim == 2]
-    weights += [w for sae in saes for w in (sae.W_enc, sae.W_dec)]
-    with torch.no_grad():
-        for weight in weights:
-            drawn = torch.randn(weight.shape, generator=generator)
-            weight += noise * weight.pow(2).mean().sqrt() * drawn
+    width = model.config.n_embd
+    weights = [w for sae in saes for w in (sae.W_enc.data, sae.W_dec.data)]
+    for block in model.transformer.h:
+        weights += [block.attn.c_attn.weight.data[:, 2 * width :], block.attn.c_proj.weight.data]
+    for weight in weights:
+        drawn = torch.randn(weight.shape, generator=generator)
+        weight += noise * weight.pow(2).mean().sqrt() * drawn
 
 
 def _row(rng: random.Random) -> list[str]:

@@ -7,33 +7,32 @@ agree). A feature is a *member* when the score reaches the threshold and the low
 interval lies above the *baseline*. It may belong to several families or to none.
 
 Of a firing at destination q the survey knows the DFA of its strongest sources (summed over heads),
-and how much |DFA| lies at each distance and role. s is the source with the largest positive DFA; c(x)
-is the token at x, up to a leading space and letter case; "far" and "near" are distances q - source.
+and how much ``|DFA|`` lies at each distance and role. s is the source with the largest positive
+DFA, c(x) the token at x up to a leading space and letter case. A firing meets
 
-| family | a firing meets it when | not asked |
-|---|---|---|
-| ``induction`` | s < q and c(s - 1) = c(q), which is no BOS: s followed an earlier copy of q's token | |
-| ``previous_token`` | s = q - 1, which is no BOS | q = 0 |
-| ``duplicate_token`` | s < q and c(s) = c(q), which is no BOS | |
-| ``current_token`` | s = q, which is no BOS | |
-| ``attention_sink`` | s is position 0 or a BOS | q = 0 |
-| ``local_context`` | \\|DFA\\| at distances 2 to 8, less that at copies of q's token and right after \
-them, is at least half of all | q <= 8 |
-| ``long_range`` | \\|DFA\\| at distances of 17 and more, less that at position 0, at copies of q's \
-token and right after them, is at least half of all | q <= 32 |
-| ``successor`` | c(s) stands in a sequence (numbers, days, months, letters, ordinals, or \
-the user's) and its successor is among the ten tokens that the feature's decoder promotes most, \
-with at least half the effect of the first and above c(s) itself | |
+- ``induction``: s < q, and c(s - 1) = c(q): s is what followed an earlier copy of q's token;
+- ``previous_token``: s = q - 1. Not asked at q = 0;
+- ``duplicate_token``: s < q, and c(s) = c(q);
+- ``current_token``: s = q;
+- ``attention_sink``: s is position 0 or holds BOS. Not asked at q = 0. In the four above, a BOS at
+  s, or at q where copies of its token are looked for, never counts;
+- ``local_context``: ``|DFA|`` at distances q - source of 2 to 8, less that at copies of q's token
+  and at what followed them, is at least half of all. Not asked where q <= 8;
+- ``long_range``: ``|DFA|`` at distances of 17 and more, less that at position 0, at copies of q's
+  token and at what followed them, is at least half of all. Not asked where q <= 32;
+- ``successor``: c(s) stands in a sequence (numbers, days, months, letters, ordinals, the user's),
+  and its successor is among the ten tokens that the feature's decoder promotes most, with at least
+  half the effect of the first and above c(s) itself.
 
-``positional`` is a criterion on the feature: the score is sum over bins b of max(0, p_b - u_b),
+``positional`` is a criterion on the feature: the score is the sum over bins b of max(0, p_b - u_b),
 where p_b is the share of its firings (all of them, counted) in position bin b and u_b that of all
 positions: the share of firings that would have to move for it to fire alike at all positions.
 
-Baselines. For the first five and ``successor``: ``chance``, the score if s were drawn uniformly from
-the sources that the same firings can see. For ``local_context`` and ``long_range``, where a uniform
-draw is itself a hypothesis about the feature: ``typical``, how often firings at the same positions
-(by bin) meet the criterion, averaged over all features of the survey with equal weight. For
-``positional``: the score of a feature that fires by its token alone, with the tokens of its own
+Baselines. For the first five and ``successor``: ``chance``, the score if s were drawn uniformly
+from the sources that the same firings can see. For ``local_context`` and ``long_range``, where a
+uniform draw is itself a hypothesis about the feature: ``typical``, how often firings at the same
+positions (by bin) meet the criterion, averaged over all features of the survey with equal weight.
+For ``positional``: the score of a feature that fires by its token alone, with the tokens of its own
 firings and the positions that these tokens have in the survey's sample of positions, or the score
 that so many firings reach by chance, whichever is larger.
 """
@@ -41,6 +40,7 @@ that so many firings reach by chance, whichever is larger.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,24 +94,28 @@ _NEAR, _FAR = 9, 17  # first distance that is not near, first that is far: edges
 _LONGEST_PREFIX = 16  # tokens looked back
 _LEAST_EFFECT = 0.5  # of a successor, beside the token promoted most
 
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_ONES = "one two three four five six seven eight nine"
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 SEQUENCES: Mapping[str, tuple[str, ...]] = {
     "number": tuple(map(str, range(101))),
     "year": tuple(map(str, range(1900, 2031))),
-    "number word": tuple(
-        f"zero {_ONES} ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen twenty".split()
+    "number word": _words(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen twenty"
     ),
-    "tens": tuple(f"ten {_TENS} hundred".split()),
-    "ordinal": tuple(["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]),
+    "tens": _words("ten twenty thirty forty fifty sixty seventy eighty ninety hundred"),
+    "ordinal": _words("first second third fourth fifth sixth seventh eighth ninth tenth"),
     "ordinal number": ("1st", "2nd", "3rd", *(f"{n}th" for n in range(4, 21))),
-    "weekday": tuple(["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "monday"]),
-    "short weekday": tuple(["mon", "tue", "wed", "thu", "fri", "sat", "sun", "mon"]),
-    "month": tuple(
-        ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december", "january"]
+    "weekday": _words("monday tuesday wednesday thursday friday saturday sunday monday"),
+    "short weekday": _words("mon tue wed thu fri sat sun mon"),
+    "month": _words(
+        "january february march april may june july august september october november december "
+        "january"
     ),
-    "short month": tuple(["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec", "jan"]),
+    "short month": _words("jan feb mar apr may jun jul aug sep oct nov dec jan"),
     "letter": tuple("abcdefghijklmnopqrstuvwxyz"),
 }
 """Sequences in which a token has a successor, compared without leading space and letter case."""
@@ -127,7 +131,7 @@ def families(
     sequences: Mapping[str, Sequence[str]] | None = None,
     examples: int = 3,
 ) -> Study:
-    """Which features belong to which families, by the criteria of the module's page.
+    """Which features belong to which families, by the criteria above.
 
     Args:
         survey: a finished corpus survey.
@@ -160,7 +164,7 @@ def families(
     given = sequences or SEQUENCES
     judge, found, table = _tested(survey, names, layers, threshold, min_firings, given)
     check_count(examples, "examples", 0)
-    members = table[table["member"]].reset_index(drop=True)
+    members: Any = table[table["member"]].reset_index(drop=True)
     by_layer = {layer.layer: layer for layer in found}
     members = judge.described(members, by_layer)
     settings = {
@@ -237,7 +241,8 @@ def _tested(
     above = table["score_low"] > table["baseline"]
     table["member"] = (table["score"] >= threshold) & above & (table["n"] >= min_firings)
     # A criterion that can be asked of too few firings says nothing of the feature.
-    return judge, found, table[table["n"] >= min_firings].reset_index(drop=True)
+    enough: Any = table[table["n"] >= min_firings]
+    return judge, found, enough.reset_index(drop=True)
 
 
 def _names(names: Sequence[str] | None) -> list[str]:
@@ -263,7 +268,7 @@ def _successors(where: Text, sequences: Mapping[str, Sequence[str]]) -> dict[int
         if isinstance(sequence, str) or len(sequence) < 2:
             raise InputError(f"sequence {name!r}: expected at least two strings, got {sequence!r}")
         known = [classes.get(str(item).removeprefix(" ").lower()) for item in sequence]
-        for one, other in zip(known, known[1:], strict=False):
+        for one, other in itertools.pairwise(known):
             if one is not None and other is not None and one != other:
                 found.setdefault(one, set()).add(other)
     return found
@@ -369,7 +374,7 @@ class _Judge:
         class itself, among its most promoted tokens."""
         if "successor" not in self.names:
             return None
-        best = self.survey.logits
+        best: Any = self.survey.logits
         best = best[(best["layer"] == layer) & (best["sign"] > 0)].sort_values("rank")
         # tokens that a feature does not touch come next in line where it promotes few
         first = best.groupby("feature")["effect"].transform("first")
@@ -390,7 +395,7 @@ class _Judge:
         shape = (max(features, default=0) + 1, len(self.where.of_token))
         return sparse.csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape=shape)
 
-    def _succeeds(self, p: Firings, classes: Any, promotes: sparse.csr_matrix) -> Any:
+    def _succeeds(self, p: Firings, classes: Any, promotes: Any) -> Any:
         """``[firing, position]``: the feature promotes the successor of the token there."""
         known = sorted(self.successors)
         column = np.full(promotes.shape[1] + 1, -1)  # the last one: after the end of a row
@@ -412,7 +417,7 @@ class _Judge:
         d_sae = int(f.feature.max()) + 1 if len(f) else 0
         total = np.bincount(f.feature, minlength=d_sae)
         alive = np.flatnonzero(total >= min_firings)
-        frame = self.survey.features
+        frame: Any = self.survey.features
         frame = frame[frame["layer"] == layer.layer].set_index("feature")
         fires = frame["fires"].reindex(alive).to_numpy(np.int64)
         bins = np.searchsorted(self.edges, f.position, side="right") - 1
@@ -455,8 +460,7 @@ class _Judge:
             parts.append(pd.DataFrame(columns))
         if "positional" in self.names:
             parts.append(self._positional(layer, alive, fires))
-        table = pd.concat(parts, ignore_index=True)
-        return table[table["n"] > 0].reset_index(drop=True)
+        return pd.concat(parts, ignore_index=True)
 
     def _positional(self, layer: _Layer, alive: Any, fires: Any) -> pd.DataFrame:
         n_bins = len(self.edges)
@@ -512,7 +516,7 @@ class _Judge:
     @functools.cache  # noqa: B019 - lives as long as one study
     def _profile(self, layer: int) -> npt.NDArray[np.float64]:
         """``[feature, bin]``: firings."""
-        profile = self.survey.positions_profile
+        profile: Any = self.survey.positions_profile
         profile = profile[profile["layer"] == layer]
         counts = np.zeros((int(self.survey.facts["d_sae"][str(layer)]), len(self.edges)))
         where = profile["feature"].to_numpy(np.int64), profile["position_bin"].to_numpy(np.int64)
@@ -524,7 +528,7 @@ class _Judge:
         """Shares of bins: ``[bin]`` among all positions, counted, and ``[class, bin]`` among those
         that hold a token, from the sample of positions; a token that was not drawn has the
         positions of all."""
-        drawn = self.survey.positions
+        drawn: Any = self.survey.positions
         if drawn.empty:
             raise InputError("the survey drew no positions; make it with positions= above 0")
         position = drawn["position"].to_numpy(np.int64)
@@ -611,12 +615,13 @@ class _Judge:
         """For each layer and family the strongest sampled firings of members that do not meet the
         criterion, one for each feature at first."""
         rows = []
-        for (number, family), group in members.groupby(["layer", "family"], sort=False):
+        groups: Any = members.groupby(["layer", "family"], sort=False)
+        for (number, family), group in groups:
             if family == "positional":
                 continue
-            layer = layers[int(number)]  # type: ignore[arg-type]
+            layer = layers[int(number)]
             f = layer.firings
-            wrong = layer.asked[family] & ~layer.met[family]  # type: ignore[index]
+            wrong = layer.asked[family] & ~layer.met[family]
             wrong &= np.isin(f.feature, group["feature"])
             found = np.flatnonzero(wrong)
             found = found[np.argsort(-f.activation[found], kind="stable")]
@@ -629,7 +634,7 @@ class _Judge:
                 token = int(self.where.tokens[f.row[place], source]) if source >= 0 else -1
                 rows.append(
                     {
-                        "layer": int(number),  # type: ignore[arg-type]
+                        "layer": int(number),
                         "family": family,
                         "feature": int(f.feature[place]),
                         "row": int(self.where.rows[f.row[place]]),
@@ -668,7 +673,8 @@ def _typical(
 def _by_layer(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Shares of families, and of features in none."""
     rows = []
-    for layer, mine in table.groupby("layer"):
+    groups: Any = table.groupby("layer")
+    for layer, mine in groups:
         features = mine.groupby("feature").agg(fires=("fires", "first"), any=("member", "any"))
         for name in [*names, "none"]:
             if name == "none":
@@ -679,7 +685,7 @@ def _by_layer(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
                 continue
             member, fires = group["member"].to_numpy(float), group["fires"].to_numpy(float)
             share, low, high = (float(x) for x in wilson(member.sum(), len(member)))
-            row: dict[str, Any] = {"layer": int(layer), "family": name, "features": len(group)}  # type: ignore[arg-type]
+            row: dict[str, Any] = {"layer": int(layer), "family": name, "features": len(group)}
             row |= {"members": int(member.sum()), "share": share}
             row |= {"share_low": low, "share_high": high}
             row |= _weighted(member, fires).columns("firings_share")

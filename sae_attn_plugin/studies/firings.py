@@ -130,7 +130,7 @@ def text(survey: Survey) -> Text:
 
 def firings(survey: Survey, layer: int, kind: str, where: Text) -> Firings:
     """Kept firings of one layer: ``kind`` is ``"sample"`` (uniform) or ``"top"``."""
-    frame = survey.examples
+    frame: Any = survey.examples
     frame = frame[(frame["layer"] == layer) & (frame["kind"] == kind)]
     frame = frame.sort_values(["feature", "rank"], kind="stable")
     source, size = _strongest(frame)

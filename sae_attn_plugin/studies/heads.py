@@ -2,10 +2,10 @@
 
 *Top features.* A feature belongs to a head by the norm of its decoder row there (``decoder``: the
 paper's h_ik, :func:`sae_attn_plugin.head_attribution`), by measured direct feature attribution
-(``dfa``: the head's share of the sum of |DFA by head| over all firings in the corpus), or by how much
-the head does for it in all (``total``: number of firings times mean |DFA| of the head, which favours
-features that fire often). Features that fire fewer than ``min_fires`` times in the corpus are left
-out: of a dead feature only the decoder is known, and it says nothing.
+(``dfa``: the head's share of the sum of ``|DFA by head|`` over all firings in the corpus), or by
+how much the head does for it in all (``total``: number of firings times mean ``|DFA|`` of the head,
+which favours features that fire often). Features that fire fewer than ``min_fires`` times in the
+corpus are left out: of a dead feature only the decoder is known, and it says nothing.
 
 *Agreement* of decoder and DFA: Spearman's rank correlation over the layer's live features, and how
 many of the ``top`` features are the same.
@@ -18,19 +18,19 @@ many of the ``top`` features are the same.
   strongest examples;
 - ``families``: Jaccard index of the families they belong to (needs ``families=``).
 
-Each is compared with sets of random features of the same layer that fire about as often: feature by
-feature a random one among those closest in number of firings. A component's *excess* is
-``(value - null mean) / (1 - null mean)``, 0 for a random set and 1 for identical features; the score
-is the mean excess. A head is called monosemantic if its score reaches the threshold and at most 5 %
-of the random sets score as high. The paper read ten features of each head by eye and found 14 of
-GPT-2 small's 144 heads plausibly monosemantic.
+Each is compared with sets of random features of the same layer that fire about as often: feature
+by feature a random one among those closest in number of firings. A component's *excess* is
+``(value - null mean) / (1 - null mean)``, 0 for a random set and 1 for identical features; the
+score is the mean excess. A head is called monosemantic if its score reaches the threshold and at
+most 5 % of the random sets score as high. The paper read ten features of each head by eye and found
+14 of GPT-2 small's 144 heads plausibly monosemantic.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -120,19 +120,19 @@ def heads(
         table = one.agreement(resamples, rng)
         alike, components = one.monosemanticity(sizes, random_sets, rng)
         scores.append(alike)
-        at_top = alike[alike["top"] == top]
+        at_top: Any = alike[alike["top"] == top]
         for by in _ALIKE:
             mine = at_top[at_top["by"] == by].set_index("head")
             table[f"score_{by}"] = table["head"].map(mine["score"])
             table[f"p_{by}"] = table["head"].map(mine["p"])
             said = (mine["score"] >= threshold) & (mine["p"] <= _LEVEL)
             table[f"monosemantic_{by}"] = table["head"].map(said)
-        features = one.table(where)
+        features = one.table()
         if families is not None:
             table["families"] = table["head"].map(_common(features, top))
         parts["heads"].append(table)
         parts["features"].append(features)
-        parts["components"].append(components[components["top"] == top])
+        parts["components"].append(components.query("top == @top"))
     tables = {name: pd.concat(some, ignore_index=True) for name, some in parts.items()}
     tables["sensitivity"] = _sensitivity(pd.concat(scores), threshold)
     settings = {
@@ -183,7 +183,7 @@ class _Layer:
         top: int,
     ) -> None:
         self.survey, self.layer, self.top = survey, layer, top
-        frame = survey.features
+        frame: Any = survey.features
         frame = frame[(frame["layer"] == layer) & (frame["fires"] >= min_fires)]
         frame = frame.sort_values("feature")
         self.features = frame["feature"].to_numpy(np.int64)
@@ -194,7 +194,7 @@ class _Layer:
             )
         self.fires = frame["fires"].to_numpy(np.int64)
         self.density = frame["density"].to_numpy(float)
-        by_head = survey.heads
+        by_head: Any = survey.heads
         by_head = by_head[by_head["layer"] == layer]
         self.n_heads = int(survey.facts["n_heads"])
 
@@ -228,7 +228,7 @@ class _Layer:
 
     def _active(self) -> sparse.csc_matrix:
         """``[drawn position, feature]``."""
-        sample = self.survey.sample
+        sample: Any = self.survey.sample
         sample = sample[sample["layer"] == self.layer]
         place, known = self._known(sample["feature"])
         length = int(self.survey.facts["context"])
@@ -254,7 +254,7 @@ class _Layer:
     def _families(self, families: Study | None) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
         if families is not None:
-            members = families.tables["members"]
+            members: Any = families.tables["members"]
             members = members[members["layer"] == self.layer]
             for feature, family in zip(members["feature"], members["family"], strict=True):
                 found.setdefault(int(feature), []).append(str(family))
@@ -299,9 +299,9 @@ class _Layer:
             )
         return pd.DataFrame(rows)
 
-    def table(self, where: Text) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """The top features of each head, by each ranking."""
-        promoted = self.survey.logits
+        promoted: Any = self.survey.logits
         promoted = promoted[(promoted["layer"] == self.layer) & (promoted["sign"] > 0)]
         promoted = promoted[promoted["rank"] < 3].sort_values(["feature", "rank"])
         words = promoted.groupby("feature")["string"].agg(lambda x: " ".join(map(repr, x)))
@@ -458,22 +458,24 @@ def _correlations(x: Any, y: Any, resamples: int, rng: np.random.Generator) -> l
 def _common(features: pd.DataFrame, top: int) -> Mapping[int, str]:
     """By head, the families of at least three tenths of its top features by DFA."""
     found = {}
-    for head, group in features[features["by"] == "dfa"].groupby("head"):
+    by_dfa: Any = features[features["by"] == "dfa"]
+    for head, group in by_dfa.groupby("head"):
         counts = group["families"].str.split().explode().dropna().value_counts()
         common = counts[counts >= 0.3 * top]
-        found[int(head)] = ", ".join(f"{name} {count}/{top}" for name, count in common.items())  # type: ignore[arg-type]
+        found[int(head)] = ", ".join(f"{name} {count}/{top}" for name, count in common.items())
     return found
 
 
 def _sensitivity(scores: pd.DataFrame, threshold: float) -> pd.DataFrame:
     rows = []
-    for (by, size), group in scores.groupby(["by", "top"], sort=True):
+    groups: Any = scores.groupby(["by", "top"], sort=True)
+    for (by, size), group in groups:
         for value in sorted({*_THRESHOLDS, threshold}):
             said = (group["score"] >= value) & (group["p"] <= _LEVEL)
             rows.append(
                 {
                     "by": by,
-                    "top": int(size),  # type: ignore[arg-type]
+                    "top": int(size),
                     "threshold": value,
                     "heads": len(group),
                     "monosemantic": int(said.sum()),
@@ -491,7 +493,7 @@ def plot(study: Study) -> Figure:
     layers, n_heads = sorted(table["layer"].unique()), int(table["head"].max()) + 1
     tall = 1.3 + 0.32 * len(layers)
     figure = Figure(figsize=(max(9.0, 3.0 + 0.75 * n_heads), 2 * tall + 3.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2 * tall, 3.0])
+    top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=[2 * tall, 3.0])
     panels = (
         ("agreement", "agreement of decoder and DFA (Spearman)", "RdBu", -1, 1),
         ("overlap", f"top {study.settings['top']} by decoder that are top by DFA", "viridis", 0, 1),
