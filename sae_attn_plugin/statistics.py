@@ -109,4 +109,5 @@ def wilson(
         share = k / n
         middle = (share + z2 / (2 * n)) / (1 + z2 / n)
         half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return share, np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)
+    low, high = np.where(k == 0, 0.0, middle - half), np.where(k == n, 1.0, middle + half)
+    return share, np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)

@@ -10,7 +10,7 @@ import typer
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import Backend, Dtype, check_device
 from sae_attn_plugin.cli.screen import Screen, session
-from sae_attn_plugin.cli.study import load_lens, show
+from sae_attn_plugin.cli.study import load_lens
 from sae_attn_plugin.cli.text import DATA_HELP, check_text, parse_layers
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import check_writable
@@ -19,6 +19,7 @@ from sae_attn_plugin.registration import DEMO_MODEL_NAME
 if TYPE_CHECKING:
     from sae_attn_plugin.corpus.survey import Survey
     from sae_attn_plugin.lens import FeatureLens
+    from sae_attn_plugin.studies import Study
 
 
 def heads(
@@ -111,10 +112,54 @@ def heads(
             screen.lines(
                 "without --model and --saes, decoder directions are left out of monosemanticity"
             )
-        show(screen, found, ("heads", "sensitivity"), 40)
-        show(screen, families, ("layers", "strongest"), 60)
+        _show(screen, found, families, top)
         screen.heading("Written")
         screen.lines(*map(str, files))
+
+
+_SHOWN = 64  # heads
+
+
+def _show(screen: Screen, found: Study, families: Study, top: int) -> None:
+    table: Any = found.tables["heads"]
+    more = f", {_SHOWN} of {len(table)}" if len(table) > _SHOWN else ""
+    screen.heading(f"Heads{more}; * is called monosemantic")
+    screen.table(
+        ("head", "of layer", "agreement", "overlap", "alike by decoder", "by DFA", "families"),
+        (
+            (
+                f"{row['layer']}.{row['head']}",
+                f"{row['dfa_share']:.0%}",
+                f"{row['agreement']:.2f} [{row['agreement_low']:.2f}, {row['agreement_high']:.2f}]",
+                f"{row['overlap'] * top:.0f}/{top}",
+                *(
+                    f"{row[f'score_{by}']:.2f}{'*' if row[f'monosemantic_{by}'] else ''}"
+                    for by in ("decoder", "dfa")
+                ),
+                row["families"].replace("_", " "),
+            )
+            for row in table.head(_SHOWN).to_dict("records")
+        ),
+    )
+    screen.heading("Share of heads called monosemantic")
+    sensitivity: Any = found.tables["sensitivity"]
+    grid = sensitivity.pivot(index=["by", "top"], columns="threshold", values="share")
+    screen.table(
+        ("features", *(f"from {threshold:g}" for threshold in grid.columns)),
+        ((f"top {n} by {by}", *(f"{x:.0%}" for x in row)) for (by, n), row in grid.iterrows()),
+    )
+    by_layer: Any = families.tables["layers"]
+    for title, column in (("features", "share"), ("firings", "firings_share")):
+        screen.heading(f"Families: share of {title} by layer")
+        grid = by_layer.pivot(index="family", columns="layer", values=column)
+        names = [name for name in (*families.settings["families"], "none") if name in grid.index]
+        screen.table(
+            ("family", *map(str, grid.columns)),
+            (
+                (name.replace("_", " "), *("" if x != x else f"{x:.1%}" for x in grid.loc[name]))
+                for name in names
+            ),
+        )
 
 
 def _survey(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,7 +123,7 @@ def study(
 
         write_png(figure, files[1])
         screen.heading(f"{name.value}: {lens}")
-        show(screen, result)
+        _show(screen, result)
         screen.heading("Written")
         screen.lines(*map(str, files))
 
@@ -199,20 +198,15 @@ def _windows(
     return torch.tensor(token_rows(random.Random(f"study {seed}"), n, length))
 
 
-def show(
-    screen: Screen, result: Study, names: Sequence[str] | None = None, rows: int = _ROWS
-) -> None:
-    """Tables of a study, all or some by name, cut after ``rows``."""
+def _show(screen: Screen, result: Study) -> None:
     for title, table in result.tables.items():
-        if names is not None and title not in names:
-            continue
         # Ends of intervals go beside their value.
         whole = [c for c in table.columns if not str(c).endswith(("_low", "_high"))]
-        more = f", {rows} of {len(table)} rows" if len(table) > rows else ""
+        more = f", {_ROWS} of {len(table)} rows" if len(table) > _ROWS else ""
         screen.heading(f"{title}{more}")
         screen.table(
             [str(c) for c in whole],
-            ([_cell(row, str(c)) for c in whole] for row in table.head(rows).to_dict("records")),
+            ([_cell(row, str(c)) for c in whole] for row in table.head(_ROWS).to_dict("records")),
         )
 
 

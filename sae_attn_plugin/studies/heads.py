@@ -57,6 +57,7 @@ _ALIKE = ("decoder", "dfa")  # rankings whose top features are compared with eac
 _THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 _LEVEL = 0.05  # of random sets that may score as high
 _NEIGHBOURS = 25  # features on either side, by firings, that a random one is drawn from
+_REDRAWN = 20  # times, until the features of a set differ
 _DRAWN_AT_ONCE = 2**24
 
 
@@ -216,7 +217,7 @@ class _Layer:
         if lens is not None:
             import torch
 
-            rows = lens.dictionaries[layer].decoder(torch.from_numpy(self.features), torch.float64)
+            rows = lens.dictionaries[layer].decoder(torch.tensor(self.features), torch.float64)
             self.slices = rows.detach().cpu().numpy()  # [n, head, d_head]
 
     # -- what features are like ------------------------------------------------------------------
@@ -335,14 +336,26 @@ class _Layer:
     def _random_sets(
         self, chosen: npt.NDArray[np.int64], count: int, rng: np.random.Generator
     ) -> npt.NDArray[np.int64]:
-        """``[set, member]``: for each feature one that fires about as often."""
+        """``[set, member]``: for each feature one that fires about as often, in a set all different
+        where the layer has enough features."""
         n = len(self.features)
         by_fires = np.argsort(self.fires, kind="stable")
         rank = np.empty(n, np.int64)
         rank[by_fires] = np.arange(n)
         width = min(n, 2 * _NEIGHBOURS + 1)
-        low = np.clip(rank[chosen] - width // 2, 0, n - width)
-        return by_fires[low[None] + rng.integers(0, width, (count, len(chosen)))]
+        low = np.broadcast_to(
+            np.clip(rank[chosen] - width // 2, 0, n - width), (count, len(chosen))
+        )
+        drawn = low + rng.integers(0, width, low.shape)
+        for _ in range(_REDRAWN):
+            order = np.argsort(drawn, axis=1, kind="stable")
+            ordered = np.take_along_axis(drawn, order, 1)
+            again = np.zeros(drawn.shape, bool)
+            np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+            if not again.any():
+                break
+            drawn[again] = (low + rng.integers(0, width, low.shape))[again]
+        return by_fires[drawn]
 
     def _alike(self, sets: npt.NDArray[np.int64], head: int) -> dict[str, npt.NDArray[np.float64]]:
         """By component ``[set, one, other]``, NaN for a feature and itself."""
@@ -372,8 +385,10 @@ class _Layer:
                     about = {"layer": self.layer, "head": head, "by": by, "top": size}
                     excess = []
                     for name, matrix in alike.items():
-                        values = np.nanmean(matrix[:, :size, :size], axis=(1, 2))
-                        mean = float(np.nanmean(values[1:]))
+                        part = matrix[:, :size, :size]
+                        pairs = np.maximum((~np.isnan(part)).sum((1, 2)), 1)
+                        values = np.nansum(part, axis=(1, 2)) / pairs
+                        mean = float(values[1:].mean())
                         excess.append((values - mean) / max(1 - mean, 1e-9))
                         components.append(
                             {
@@ -381,7 +396,7 @@ class _Layer:
                                 "component": name,
                                 "value": float(values[0]),
                                 "null_mean": mean,
-                                "null_95": float(np.nanquantile(values[1:], 0.95)),
+                                "null_95": float(np.quantile(values[1:], 0.95)),
                                 "excess": float(excess[-1][0]),
                             }
                         )
