@@ -38,8 +38,9 @@ from sae_attn_plugin.corpus.sketches import (
     merge,
     position_edges,
 )
+from sae_attn_plugin.dictionaries import chosen_layers
 from sae_attn_plugin.errors import FileError, InputError, UnsupportedError
-from sae_attn_plugin.evaluation import _excluded, _wanted
+from sae_attn_plugin.evaluation import _excluded
 from sae_attn_plugin.io import write_atomically
 from sae_attn_plugin.tokens import check_ids, encode_prompt, need_tokenizer
 
@@ -426,7 +427,7 @@ def make_plan(
             raise InputError(f"{name}={value!r}: expected an integer of at least {least}")
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"seed={seed}: expected a number of 64 bits")
-    dictionaries = _wanted(lens, layers)
+    dictionaries = {n: lens.dictionaries[n] for n in chosen_layers(lens.dictionaries, layers)}
     for layer, dictionary in dictionaries.items():
         if dictionary.reads != "z":
             raise UnsupportedError(
