@@ -17,6 +17,7 @@ WITH_CELLS = (
     "ioi_circuit",
     "induction_heads",
     "induction_features",
+    "feature_families",
     "qk",
     "training",
     "nnsight_hosts",

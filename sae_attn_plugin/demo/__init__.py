@@ -4,7 +4,8 @@ The model and an attention-z SAE for each of its layers ship with the package, s
 tried offline. ``docs/demo-model.md`` tells how they were made and what they reach.
 
 ``demo.circuits`` holds models whose weights are written down, with the graphs they must have;
-``demo.planted`` hides random ones in random transformers.
+``demo.planted`` hides random ones in random transformers; ``demo.families`` holds features whose
+family is known.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sae_attn_plugin.registration import DEMO_MODEL_NAME
 
 if TYPE_CHECKING:
     from sae_attn_plugin.backends.loading import Host
-    from sae_attn_plugin.demo import circuits, planted
+    from sae_attn_plugin.demo import circuits, families, planted
     from sae_attn_plugin.lens import FeatureLens
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TRANSCODERS_PATH",
     "IOIPrompt",
     "circuits",
+    "families",
     "ioi_prompt",
     "load",
     "load_model",
@@ -96,6 +98,6 @@ def load_transcoders() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("circuits", "planted"):  # on first use, since it needs torch and pandas
+    if name in ("circuits", "families", "planted"):  # on first use, since it needs torch and pandas
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
