@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from sae_attn_plugin.evaluation import Evaluation, evaluate
+    from sae_attn_plugin.feature_cards.build import cards
     from sae_attn_plugin.graphs.aligned import AlignedAttribution, AlignedContrast
     from sae_attn_plugin.graphs.compare import (
         GraphComparison,
@@ -129,6 +130,7 @@ _PUBLIC = {
     "Cut": "graphs.structure",
     "GraphComparison": "graphs.compare",
     "aggregate_graphs": "graphs.compare",
+    "cards": "feature_cards.build",
     "compare_graphs": "graphs.compare",
     "contract": "graphs.contract",
     "dominators": "graphs.structure",
@@ -219,6 +221,7 @@ __all__ = [  # noqa: RUF022 - the front door first
     "Page",
     "enrich",
     "graph_to_html",
+    "cards",
     "strongest_paths",
     "AttentionSAE",
     "splice",

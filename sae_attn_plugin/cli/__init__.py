@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.cli.cards import cards
 from sae_attn_plugin.cli.demo import demo
 from sae_attn_plugin.cli.evaluate import evaluate
 from sae_attn_plugin.cli.explore import explore
@@ -60,6 +61,6 @@ def _options(
 
 for _command in (
     *(demo, graph, validate, reproduce, export, explore),
-    *(train, evaluate, study, heads, releases),
+    *(train, evaluate, study, heads, cards, releases),
 ):
     app.command()(_command)

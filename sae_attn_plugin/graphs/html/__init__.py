@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from sae_attn_plugin.lens import Run
 
-__all__ = ["Page", "graph_to_html", "page", "page_data", "page_html", "script", "show", "style"]
+__all__ = [
+    "Page", "graph_to_html", "inert", "page", "page_data", "page_html", "script", "show", "style",
+]  # fmt: skip
 
 _SCRIPTS = ("text.js", "model.js", "layout.js", "plot.js", "panel.js", "page.js")
 _DIGITS = 7  # more than float32 holds
@@ -184,7 +186,7 @@ def page_html(graph: nx.DiGraph[Any], *, title: str | None = None) -> str:
         policy=html.escape(policy, quote=True).replace("&#x27;", "'"),
         title=html.escape(_printable(title)),
         style=look,
-        data=_inert(data),
+        data=inert(data),
         script=code,
     )
 
@@ -279,7 +281,7 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
 
 
-def _inert(data: Any) -> str:
+def inert(data: Any) -> str:
     """JSON that no parser of HTML takes for anything else: ASCII, without ``<``, ``>``, ``&``."""
     text = json.dumps(
         data, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True

@@ -2,7 +2,7 @@
 (function (sag) {
   "use strict";
 
-  const { el } = sag;
+  const { el, recall, remember } = sag;
   const EDGES_AT_FIRST = 1200;
   const THEMES = ["auto", "light", "dark"];
 
@@ -731,22 +731,6 @@
       return location.hash ? JSON.parse(decodeURIComponent(location.hash.slice(1))) : null;
     } catch {
       return null;
-    }
-  }
-
-  function recall(name) {
-    try {
-      return localStorage.getItem("sae-attn-graph:" + name);
-    } catch {
-      return null;
-    }
-  }
-
-  function remember(name, value) {
-    try {
-      localStorage.setItem("sae-attn-graph:" + name, value);
-    } catch {
-      /* a page without storage */
     }
   }
 })((window.SaeAttnGraph = window.SaeAttnGraph || {}));

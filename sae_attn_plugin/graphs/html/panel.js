@@ -2,7 +2,7 @@
 (function (sag) {
   "use strict";
 
-  const { el } = sag;
+  const { el, heat, safeLink } = sag;
   const FEW = 8;
   const LEDGERS = [
     ["kind", "kind"],
@@ -448,23 +448,6 @@
         [...ledger.rows].sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 3)
           .map((row) => el("div", { class: "sag-strip-row" }, el("span", {}, row.name),
             el("span", { class: "sag-num" }, sag.signed(row.value)))));
-    }
-  }
-
-  /** Blue above zero, orange below, as strong as the value; `share` in [-1, 1]. */
-  function heat(share) {
-    const alpha = Math.round(78 * Math.min(1, Math.abs(share)));
-    return `color-mix(in srgb, var(--sag-${share < 0 ? "neg" : "pos"}) ${alpha}%, transparent)`;
-  }
-
-  /** Addresses from the data are followed only where they are plain web addresses. */
-  function safeLink(address) {
-    if (typeof address !== "string") return null;
-    try {
-      const url = new URL(address);
-      return url.protocol === "https:" ? url.href : null;
-    } catch {
-      return null;
     }
   }
 

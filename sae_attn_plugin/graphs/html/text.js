@@ -99,4 +99,37 @@
       return done;
     }
   };
+
+  /** The colour of a share of the largest value: blue above zero, orange below. */
+  sag.heat = function (share) {
+    const alpha = Math.round(78 * Math.min(1, Math.abs(share)));
+    return `color-mix(in srgb, var(--sag-${share < 0 ? "neg" : "pos"}) ${alpha}%, transparent)`;
+  };
+
+  /** Addresses from the data are followed only where they are plain web addresses. */
+  sag.safeLink = function (address) {
+    if (typeof address !== "string") return null;
+    try {
+      const url = new URL(address);
+      return url.protocol === "https:" ? url.href : null;
+    } catch {
+      return null;
+    }
+  };
+
+  /** What a reader chose, such as the colours; `null` where the browser keeps nothing. */
+  sag.recall = function (name) {
+    try {
+      return localStorage.getItem("sae-attn-graph:" + name);
+    } catch {
+      return null;
+    }
+  };
+  sag.remember = function (name, value) {
+    try {
+      localStorage.setItem("sae-attn-graph:" + name, value);
+    } catch {
+      /* a page without storage */
+    }
+  };
 })((window.SaeAttnGraph = window.SaeAttnGraph || {}));
