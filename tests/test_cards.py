@@ -22,6 +22,7 @@ from sae_attn_plugin import cli
 from sae_attn_plugin.feature_cards.tables import rounded
 
 Site = dict[str, Any]
+Tables = dict[str, Any]  # data frames
 _NUMBERS = ("fires", "density", "mean", "max", "q10", "q50", "q99", "dfa_abs", "decoder_norm")
 
 
@@ -57,7 +58,7 @@ def survey(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tables(survey: Path) -> dict[str, pd.DataFrame]:
+def tables(survey: Path) -> Tables:
     return {path.stem: pq.read_table(path).to_pandas() for path in survey.glob("*.parquet")}
 
 
@@ -86,7 +87,7 @@ def close(one: Any, other: Any, digits: int = 6) -> bool:
 # -- what the cards say ----------------------------------------------------------------------------
 
 
-def test_every_live_feature_has_a_card(site: Site, tables: dict[str, pd.DataFrame]) -> None:
+def test_every_live_feature_has_a_card(site: Site, tables: Tables) -> None:
     table = tables["features"]
     live = table[table["fires"] > 0]
     assert 0 < len(live) < len(table)
@@ -104,7 +105,7 @@ def test_every_live_feature_has_a_card(site: Site, tables: dict[str, pd.DataFram
     assert site["site"]["fires"] == live["fires"].sum()
 
 
-def test_numbers_are_the_tables(site: Site, tables: dict[str, pd.DataFrame]) -> None:
+def test_numbers_are_the_tables(site: Site, tables: Tables) -> None:
     rows = tables["features"].set_index(["layer", "feature"])
     heads = tables["heads"].set_index(["layer", "feature", "head"]).sort_index()
     profile = tables["positions_profile"]
@@ -131,11 +132,11 @@ def test_numbers_are_the_tables(site: Site, tables: dict[str, pd.DataFrame]) -> 
         assert close([row[4] for row in one["cofiring"]], pairs["jaccard"])
 
 
-def _of(table: pd.DataFrame, layer: int, feature: int) -> pd.DataFrame:
+def _of(table: Any, layer: int, feature: int) -> Any:
     return table[(table["layer"] == layer) & (table["feature"] == feature)]
 
 
-def test_examples_are_the_tables(site: Site, tables: dict[str, pd.DataFrame]) -> None:
+def test_examples_are_the_tables(site: Site, tables: Tables) -> None:
     texts = tables["rows"].set_index("row")["tokens"]
     n = 0
     for (layer, feature), one in features(site).items():
@@ -174,9 +175,7 @@ def test_examples_are_the_tables(site: Site, tables: dict[str, pd.DataFrame]) ->
     assert n > 300
 
 
-def test_profiles_are_over_the_uniform_sample(
-    site: Site, tables: dict[str, pd.DataFrame], survey: Path
-) -> None:
+def test_profiles_are_over_the_uniform_sample(site: Site, tables: Tables, survey: Path) -> None:
     edges = json.loads((survey / "survey.json").read_text())["distance_edges"]
     for (layer, feature), one in features(site).items():
         kept = _of(tables["examples"], layer, feature)
@@ -190,7 +189,7 @@ def test_profiles_are_over_the_uniform_sample(
         assert close(one["roles"], roles, 4)
 
 
-def test_heads(site: Site, tables: dict[str, pd.DataFrame]) -> None:
+def test_heads(site: Site, tables: Tables) -> None:
     every = tables["features"].set_index(["layer", "feature"])
     for layer in (0, 2):
         data = site[f"layer-{layer:02d}"]
@@ -208,7 +207,7 @@ def test_heads(site: Site, tables: dict[str, pd.DataFrame]) -> None:
         profile = _distances(tables["examples"], layer)
         for head, card in enumerate(data["heads"]):
             x, y = wide["decoder_share"][head], wide["dfa_share"][head]
-            assert close(card["agreement"], spearmanr(x, y).statistic, 4)
+            assert close(card["agreement"], spearmanr(x, y)[0], 4)
             for listed, values in ((card["by_decoder"], x), (card["by_dfa"], y)):
                 expected = values[often].sort_values(ascending=False, kind="stable").head(20)
                 assert [data["feature"][i] for i, *_ in listed] == expected.index.tolist()
@@ -232,13 +231,13 @@ def test_heads(site: Site, tables: dict[str, pd.DataFrame]) -> None:
             ]
 
 
-def _distances(examples: pd.DataFrame, layer: int) -> np.ndarray:
+def _distances(examples: Any, layer: int) -> np.ndarray:
     kept = examples[(examples["layer"] == layer) & (examples["kind"] == "sample")]
     size = np.abs(np.stack(kept["dfa_by_head"].tolist()))
     return (size / size.sum(1, keepdims=True)).T @ np.stack(kept["by_distance"].tolist())
 
 
-def test_tokens_of_the_index(site: Site, tables: dict[str, pd.DataFrame]) -> None:
+def test_tokens_of_the_index(site: Site, tables: Tables) -> None:
     texts = tables["rows"].set_index("row")["tokens"]
     for layer in (0, 2):
         data = site[f"layer-{layer:02d}"]
@@ -280,7 +279,7 @@ def test_bytes_are_the_same_again(survey: Path, folder: Path, tmp_path: Path, si
     assert read(tmp_path / "large")["layer-00"] == site["layer-00"]
 
 
-def test_chosen_features(survey: Path, tmp_path: Path, tables: dict[str, pd.DataFrame]) -> None:
+def test_chosen_features(survey: Path, tmp_path: Path, tables: Tables) -> None:
     table = tables["features"]
     dead = table[(table["layer"] == 2) & (table["fires"] == 0)]["feature"].tolist()
     sap.cards(survey, tmp_path / "all", layers=[2], features="all", progress=False)
@@ -300,7 +299,7 @@ def test_chosen_features(survey: Path, tmp_path: Path, tables: dict[str, pd.Data
 
 
 def test_names(survey: Path, tmp_path: Path) -> None:
-    members = pd.DataFrame(
+    members: Any = pd.DataFrame(
         {
             "layer": [0, 0, 2],
             "feature": [1, 1, 3],

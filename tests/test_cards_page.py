@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium
 from made_survey import Strings, made_survey
-from test_page import HOSTILE, wait, written
+from test_page import HOSTILE, written
 
 import sae_attn_plugin as sap
 
@@ -81,6 +80,19 @@ def show(browser: Browser, site: Path) -> Iterator[Open]:
     assert not complaints
 
 
+def wait(page: Page, condition: str) -> None:
+    """Playwright's own way needs eval, which the pages forbid."""
+    came = page.evaluate(
+        """() => new Promise((done) => {
+          const late = performance.now() + 30000;
+          const look = () => (CONDITION) ? done(true)
+            : performance.now() > late ? done(false) : setTimeout(look, 10);
+          look();
+        })""".replace("CONDITION", condition)
+    )
+    assert came, f"never came about: {condition}; {page.url}"
+
+
 def ready(page: Page, fragment: str | None = None) -> None:
     wanted = "location.hash" if fragment is None else f"{fragment!r}"
     wait(page, f"SaeAttnCards.ready === {wanted} && location.hash === {wanted}")
@@ -90,14 +102,15 @@ def rows(page: Page) -> list[str]:
     return page.locator(".sac-list tbody tr").evaluate_all("e => e.map(r => r.dataset.feature)")
 
 
-def table(survey: Path, name: str) -> pd.DataFrame:
+def table(survey: Path, name: str) -> Any:
     return pq.read_table(survey / f"{name}.parquet").to_pandas()
 
 
-def top_of(survey: Path, layer: int, feature: int) -> pd.DataFrame:
+def top_of(survey: Path, layer: int, feature: int) -> Any:
     kept = table(survey, "examples")
     chosen = (kept["layer"] == layer) & (kept["feature"] == feature) & (kept["kind"] == "top")
-    return kept[chosen].sort_values("rank").reset_index(drop=True)
+    found: Any = kept[chosen]
+    return found.sort_values("rank").reset_index(drop=True)
 
 
 def share(text: str) -> float:
@@ -110,7 +123,7 @@ def share(text: str) -> float:
 def test_index(show: Open, survey: Path) -> None:
     page = show()
     features = table(survey, "features")
-    live = features[features["fires"] > 0]
+    live: Any = features[features["fires"] > 0]
     facts = page.locator(".sac-about").inner_text()
     assert f"{len(live):,}" in facts
     assert f"{live['fires'].sum():,}" in facts

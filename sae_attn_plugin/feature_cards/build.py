@@ -424,11 +424,10 @@ class _Site:
         self.fires += record["fires"] or 0
 
     def _top_tokens(self, top: _Firings, i: int) -> list[int]:
-        rows = top.rows(i)
-        at = zip(top.row[rows], top.position[rows], strict=True)
-        counts = Counter(int(self.rows[row][position]) for row, position in at)
-        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        return [token for token, _ in ordered[:_TOKENS]]
+        """The commonest tokens at the strongest firings; among equals, the strongest first."""
+        ranked = top.ranked(top.rows(i))
+        counts = Counter(int(self.rows[top.row[r]][top.position[r]]) for r in ranked)
+        return [token for token, _ in counts.most_common(_TOKENS)]
 
     def _finish_layer(
         self, layer: int, ids: np.ndarray, index: dict[str, list[Any]],

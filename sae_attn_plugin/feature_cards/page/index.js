@@ -87,6 +87,7 @@
     showHeads();
     let turn = 0;
     async function refresh(page = 0) {
+      if (!list.isConnected) return; // the reader has gone on
       now.page = page;
       keep();
       const mine = ++turn;
@@ -98,8 +99,8 @@
           list.replaceChildren(el("p", { class: "sag-note", role: "status" },
             `Reading layer ${i + 1} of ${wanted.length} …`));
         const data = await cards.layer(layer);
-        if (mine !== turn) return;
-        found.push(...matches(layer, data, now));
+        if (mine !== turn || !list.isConnected) return;
+        for (const one of matches(layer, data, now)) found.push(one);
       }
       sorted(found, now);
       showList(list, found, now, refresh);
