@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from browser import chromium
 from made_survey import Strings, made_survey
 from test_page import HOSTILE, written
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.demo.language import held_out_rows
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -315,6 +317,41 @@ def test_sources_under_the_cursor(show: Open, survey: Path) -> None:
     assert page.locator(".is-dfa").count() == page.locator(".sac-example").count()
     page.keyboard.press("d")
     assert coloured() == before
+
+
+def test_sources_under_the_cursor_are_the_run_s(show: Open, tmp_path: Path) -> None:
+    lens = sap.demo.load("nnsight")
+    rows = torch.tensor(held_out_rows(8, 40, seed=3))
+    survey = sap.survey(lens, rows, tmp_path / "survey", layers=[1, 2], keep=4, progress=False)
+    page = show(page_of=survey.cards(tmp_path / "site", progress=False))
+    assert "sae-attn-demo" in page.locator(".sac-about").inner_text()
+    often: Any = survey.features[survey.features["fires"] >= 20]
+    live = often.sort_values("dfa_abs", ascending=False)
+    for layer in (1, 2):
+        feature = int(live[live["layer"] == layer]["feature"].iloc[0])
+        page.evaluate(f"location.hash = '#{layer}/{feature}'")
+        ready(page, f"#{layer}/{feature}")
+        shown = page.locator("[data-part=top] .sac-example").all()
+        assert len(shown) > 1
+        for example in shown[:2]:
+            row, at = (int(example.get_attribute(f"data-{k}") or "-1") for k in ("row", "at"))
+            run = lens.run([rows[row].tolist()])
+            dfa = run.dfa(layer, feature, at)
+            largest = float(dfa.by_source.abs().max())
+            example.locator(".sac-firing").hover()
+            said = sources(example)
+            assert said == pytest.approx(
+                {p: float(dfa.by_source[p]) for p in said}, rel=1e-3, abs=1e-4 * largest
+            )
+            # those that are not named add up to the rest
+            others = set(range(at + 1)) - set(said)
+            rest = example.locator("[data-key=rest]").all()
+            assert sum(float(dfa.by_source[p]) for p in others) == pytest.approx(
+                sum(float(r.get_attribute("data-value") or "nan") for r in rest), abs=1e-4 * largest
+            )
+            texts = [run.token_strings[p] for p in range(max(at - 24, 0), at)]
+            assert "".join(texts) in (example.locator(".sac-text").text_content() or "")
+            page.mouse.move(5, 5)
 
 
 def test_by_finger(show: Open) -> None:

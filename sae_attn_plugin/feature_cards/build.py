@@ -573,7 +573,7 @@ class _Site:
 
     def write_frame(self, title: str | None, tokenizer: Any) -> None:
         facts = self.source.facts
-        name = title or _provenance(facts).get("model") or "Feature cards"
+        name = title or _unplaced(_provenance(facts).get("model")) or "Feature cards"
         strings = self._strings(tokenizer)
         used = sorted(self.used)
         self.write("tokens", {"ids": used, "strings": [strings.get(t) for t in used]})
@@ -772,10 +772,10 @@ def _about(facts: Mapping[str, Any]) -> list[list[str]]:
     made = _provenance(facts)
     settings = facts.get("settings") or {}
     saes = made.get("saes") or {}
-    origin = (made.get("sources") or {}).get("saes")
+    origin = _unplaced((made.get("sources") or {}).get("saes"))
     widths = sorted({f"{int(n):,}" for n in (facts.get("d_sae") or {}).values()})
     lines = [
-        ("model", _joined(made.get("model"), _said("revision", made.get("revision")))),
+        ("model", _joined(_unplaced(made.get("model")), _said("revision", made.get("revision")))),
         ("SAEs", _joined(origin, _run_of_names(saes), f"{' / '.join(widths)} features each")),
         (
             "corpus",
@@ -795,6 +795,12 @@ def _about(facts: Mapping[str, Any]) -> list[list[str]]:
         ("computed by", _joined(made.get("backend"), made.get("dtype"), *_versions(made))),
     ]  # fmt: skip
     return [[name, text] for name, text in lines if text]
+
+
+def _unplaced(name: Any) -> str:
+    """A name to show to others: of a local folder only the last part."""
+    text = str(name or "")
+    return Path(text).name if text.startswith((os.sep, ".", "~")) or Path(text).drive else text
 
 
 def _joined(*parts: Any) -> str:
