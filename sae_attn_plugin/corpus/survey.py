@@ -153,6 +153,12 @@ class Survey:
         """The strings of all tokens in :attr:`rows` and :attr:`logits`."""
         return self.table("tokens")
 
+    def cards(self, folder: str | Path, **options: Any) -> Path:
+        """Write a static site with a card for every feature and head; see :func:`cards`."""
+        from sae_attn_plugin.feature_cards.build import cards
+
+        return cards(self, folder, **options)
+
 
 def load_survey(folder: str | Path) -> Survey:
     """Open the folder of a finished survey.
