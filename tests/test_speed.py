@@ -145,7 +145,7 @@ def _syncs(run: Any, budget: int | None, monkeypatch: Any) -> tuple[int, Any]:
     reader, frozen, writers = run._resolve(sap.Logit(5))[1], run.frozen, run.writers
     with monkeypatch.context() as patch:
         seen = _Syncs(patch)
-        flow = sweep(frozen, writers, [reader], [1.0], node_budget=budget, memory_budget=2**20)
+        flow = sweep(frozen, writers, [reader], [1.0], node_budget=budget, memory_budget=2**21)
     return seen.count, flow
 
 

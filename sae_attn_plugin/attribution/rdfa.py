@@ -55,7 +55,7 @@ _TARGETS_LEAN = 4 * _TARGETS
 # Targets whose own functionals are carried through the values together.
 _READERS = 1024
 # The part of a memory budget that work in flight may take, and what it can use at all.
-_WORK_SHARE, _WORK_BYTES = 3, 320 * 2**20
+_WORK_SHARE, _WORK_BYTES = 5, 256 * 2**20
 # What a target and a node cost on the host, whatever the edges; and what a single edge costs
 # besides its weight: its row and its source.
 _ROW_BYTES, _NODE_BYTES, _EDGE_BYTES = 96, 48, 8
@@ -221,9 +221,10 @@ class _Batch:
         device = self.abs_sum.device
         columns = torch.from_numpy(np.concatenate([block.columns for block in self.blocks]))
         columns = columns.to(device)
-        # the row, its absolute values, and what the choice needs
+        # the row, twice while its blocks are joined, and its absolute values; of the chosen ones,
+        # values and places, sorted and not
         element = self.blocks[0].weight.element_size()
-        at_once = max(1, work // (size * (3 * element + 8)))
+        at_once = max(1, work // (4 * element * size + (2 * element + 24) * keep))
         source = torch.empty(self.n_targets, keep, dtype=torch.int32, device=device)
         weight = torch.empty(self.n_targets, keep, dtype=self.blocks[0].weight.dtype, device=device)
         left = torch.empty(self.n_targets, dtype=torch.float64, device=device)
@@ -304,6 +305,8 @@ class _Rows:
         batch = _Batch(self.n_rows, abs_sum, own, blocks)
         if self.keep is not None:
             batch.reduce(self.keep, self.work)
+            if batch.blocks is not None:  # what they are written in is used again
+                batch.blocks = [b._replace(weight=b.weight.clone()) for b in blocks]
         self.batches.append(batch)
         self.target.append(target)
         self.depth.append(np.full(len(target), depth, dtype=np.int32))
@@ -640,14 +643,16 @@ def _divide(
     work = min(_WORK_BYTES, free // _WORK_SHARE)
     # One target: its row (and what the choice of its strongest edges takes), its readers.
     least = 2 * len(writers) * (4 * size + 8) + _reader_bytes(run, n_heads)
-    fewest = n_rows * (size + _EDGE_BYTES)
-    if work < least or free - work < fewest:
-        need = held + max(_WORK_SHARE * least, least + fewest)
+    # Beside the edges kept so far stand, for a moment, those that are kept from then on, half as
+    # many, and the batch that made it necessary.
+    limit, fewest = (free - 2 * work) * 2 // 3, n_rows * (size + _EDGE_BYTES)
+    if work < least or limit < fewest:
+        need = held + max(_WORK_SHARE * least, 2 * least + 3 * fewest)
         raise InputError(
             f"memory_budget={memory_budget}: attributing this prompt takes at least {need} bytes "
             f"({len(writers)} writers, up to {n_rows} targets); give more, or a smaller node_budget"
         )
-    return work, free - work
+    return work, limit
 
 
 def _reader_bytes(run: FrozenRun, n_heads: int) -> int:
@@ -953,7 +958,9 @@ def _contract(
     n_sources = int(at[-1]) + 1
     begins = np.searchsorted(at, np.arange(n_sources))  # earlier targets do not see the position
     ends = np.concatenate([[0], np.cumsum(counts[:n_sources] * (n_targets - begins))])
-    flat = torch.empty(int(ends[-1]), dtype=heads.dtype, device=heads.device)
+    size = int(ends[-1])
+    # Rows of which only the strongest edges are kept leave nothing behind.
+    flat = heads.new_empty(size) if state.rows.keep is None else state.scratch.get("flat", size)
     pieces = [
         flat[ends[p] : ends[p + 1]].view(int(counts[p]), n_targets - int(begins[p]))
         for p in range(n_sources)

@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,15 @@ from sae_attn_plugin.attribution.frozen import freeze
 from sae_attn_plugin.attribution.writers import write_table
 
 from . import rivals, shape
-from .measure import LARGE_PRODUCT_FLOP, CountFlop, interleaved, large_product, peak_memory
+from .bounds import skippable
+from .measure import (
+    LARGE_PRODUCT_FLOP,
+    CountFlop,
+    interleaved,
+    large_product,
+    peak_memory,
+    resident,
+)
 
 _TARGET, _GIB = sap.Logit(5), 2**30
 _CLOCK: list[Callable[[], float]] = [time.perf_counter]
@@ -117,7 +126,8 @@ def stages(lengths: list[int], rounds: int) -> list[Row]:
             calls["edge table"] = lambda a=full: _fresh(a).edges
         worst = att.worst_residual
         notes["attribute, 2,000 nodes"] += f", worst ledger residual {worst:.1e}"
-        rows += _measure("stages", length, calls, rounds, notes=notes)
+        few = rounds if length <= 64 else max(2, rounds // 2) if length <= 256 else 1
+        rows += _measure("stages", length, calls, few, notes=notes)
     return rows
 
 
@@ -139,6 +149,9 @@ def against_autograd(rounds: int, length: int = 32) -> list[Row]:
     frozen, table = run.frozen, run.writers
     _check_rivals(run)
 
+    def sweep() -> Any:
+        return run.attribute(_TARGET, node_budget=None)
+
     def whole() -> Any:
         att = run.attribute(_TARGET, node_budget=None)
         return att.nodes, att.ledger
@@ -149,6 +162,7 @@ def against_autograd(rounds: int, length: int = 32) -> list[Row]:
     calls: dict[str, Callable[[], Any]] = {
         "forward": _forward(run.tokens),
         "large matrix product": large_product(),
+        "engine: the sweep": sweep,
         "engine: edges, node and ledger tables": whole,
         "engine: one table of all edges": with_edges,
     }
@@ -161,22 +175,19 @@ def against_autograd(rounds: int, length: int = 32) -> list[Row]:
         }.items()
     }
     with CountFlop() as count:
-        run.attribute(_TARGET, node_budget=None)
+        sweep()
     rows = _measure("against autograd", length, calls, rounds, memory=False)
     seconds = {row.what: row.seconds for row in rows}
     engine = seconds["engine: edges, node and ledger tables"]
-    sweep = (
-        count.flop
-        / interleaved({"sweep": lambda: run.attribute(_TARGET, node_budget=None)})["sweep"]
-    )
+    reached = count.flop / seconds["engine: the sweep"]
     best = LARGE_PRODUCT_FLOP / seconds["large matrix product"]
     found = []
     for row in rows:
         note = f"{row.seconds / engine:.1f} x the engine" if "autograd" in row.what else ""
         if row.what == "large matrix product":
             note = (
-                f"{best / 1e9:.0f} GFLOP/s; the sweep reaches {sweep / 1e9:.0f} "
-                f"({sweep / best:.0%}) on {count.flop / 1e9:.1f} GFLOP"
+                f"{best / 1e9:.0f} GFLOP/s; the sweep reaches {reached / 1e9:.0f} "
+                f"({reached / best:.0%}) on {count.flop / 1e9:.1f} GFLOP"
             )
         found.append(Row(**{**asdict(row), "note": note}))
     return found
@@ -219,7 +230,7 @@ def against_dfa(rounds: int) -> list[Row]:
                 x, f
             ),
         }
-        measured = _measure("dfa", length, calls, rounds if length < 1000 else 3)
+        measured = _measure("dfa", length, calls, rounds if length < 1000 else 1)
         seconds = {row.what: row.seconds for row in measured}
         partner = {
             "run.dfa": "head-wide, one feature",
@@ -243,10 +254,9 @@ def curves(rounds: int, lengths: list[int]) -> list[Row]:
             "forward": _forward(run.tokens),
             f"{size:,}": lambda: run.attribute(_TARGET, memory_budget=2 * _GIB, **options),
         }
-        note = f"{att.flow.n_edges:,} edges"
-        rows.append(
-            _measure(part, run.tokens.shape[1], calls, rounds, notes={f"{size:,}": note})[1]
-        )
+        notes = {f"{size:,}": f"{att.flow.n_edges:,} edges"}
+        few = rounds if run.tokens.shape[1] < 256 else 1
+        rows.append(_measure(part, run.tokens.shape[1], calls, few, notes=notes)[1])
 
     lens = shape.wide_lens()
     for length in tqdm(lengths, desc="tokens"):
@@ -260,6 +270,58 @@ def curves(rounds: int, lengths: list[int]) -> list[Row]:
     for active in tqdm((5, 10, 20, 40), desc="active features"):
         run = shape.wide_lens(active).run(shape.tokens_of(32))
         one("curve: active features (32 tokens, all nodes)", active, run, node_budget=None)
+    return rows
+
+
+def bounds(lengths: tuple[int, ...] = (32, 128)) -> list[Row]:
+    """What upper bounds on the edges of a source position could leave out."""
+    demo = sap.demo.load(backend="transformer_lens")
+    data = sap.tasks.IOIDataset(1, demo.tokenizer, 0, prepend_bos=demo.prepend_bos)
+    (_, tokens), *_ = data.groups(at_once=1)
+    runs = {"demo model, IOI": demo.run(tokens)}
+    for n in lengths:
+        runs[f"GPT-2-small shape, {n}"] = shape.wide_lens().run(shape.tokens_of(n))
+    rows = []
+    for what, run in runs.items():
+        start = _CLOCK[0]()
+        found = {share: skippable(run, share) for share in (0.01, 0.1)}
+        note = "; ".join(
+            f"{share:.0%} of |edges| lost: bounds leave out {a:.1%} of the edges, hindsight {b:.0%}"
+            for share, (a, b) in found.items()
+        )
+        seconds = _CLOCK[0]() - start
+        rows.append(Row("bounds", what, run.tokens.shape[1], seconds, note=note))
+    return rows
+
+
+def loading() -> list[Row]:
+    """Memory of twelve dictionaries from a folder: mapped, and as copies."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for layer, sae in shape.wide_saes().items():
+            sae.save_model(Path(folder) / f"layer_{layer}")
+        for what in ("mapped", "copied"):
+            start, before = _CLOCK[0](), resident()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                saes = list(sap.load_saes(folder).values())
+            if what == "copied":
+                for sae in saes:
+                    for value in sae.parameters():
+                        value.data = value.data.clone()
+            loaded = resident()
+            lens = sap.FeatureLens(shape.gpt2_shape("eager"), saes)
+            run = lens.run(shape.tokens_of(32))
+            assert run.frozen is not None
+            seconds, after = _CLOCK[0]() - start, resident()
+            own, mapped = (after[i] - before[i] for i in (0, 1))
+            note = (
+                f"own memory {own / 2**20:,.0f} MiB, pages of the files {mapped / 2**20:,.0f} MiB "
+                f"(after loading alone {(loaded[1] - before[1]) / 2**20:,.0f}), which the system "
+                "takes back when it needs them"
+            )
+            rows.append(Row("loading", what, 32, seconds, peak_mib=own / 2**20, note=note))
+            del saes, lens, run
     return rows
 
 
@@ -294,8 +356,15 @@ def show(rows: list[Row]) -> None:
         console.print(table)
 
 
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
 def main() -> None:
-    parts = ("stages", "autograd", "dfa", "curves", "prompts")
+    parts = ("stages", "autograd", "dfa", "curves", "bounds", "loading", "prompts")
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -303,13 +372,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512, 1024])
+    parser.add_argument("--prompts", type=int, default=1000, help="how many IOI prompts")
     parser.add_argument("--cpu", action="store_true", help="processor seconds, not wall time")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(parts)}")
     torch.set_num_threads(options.threads)
     _CLOCK[0] = time.process_time if options.cpu else time.perf_counter
-    wanted = options.parts or parts
+    wanted, began = options.parts or parts, time.perf_counter()
     rows: list[Row] = []
     with torch.no_grad():
         if "stages" in wanted:
@@ -320,12 +390,18 @@ def main() -> None:
             rows += against_dfa(4 * options.rounds)
         if "curves" in wanted:
             rows += curves(options.rounds, options.tokens)
+        if "bounds" in wanted:
+            rows += bounds()
+        if "loading" in wanted:
+            rows += loading()
         if "prompts" in wanted:
-            rows += prompts()
+            rows += prompts(options.prompts)
     show(rows)
+    seconds = time.perf_counter() - began
+    Console().print(f"{_processor()}, {options.threads} threads, {seconds:.0f} s in all")
     if options.json:
         machine = {
-            "processor": platform.processor(),
+            "processor": _processor(),
             "threads": options.threads,
             "clock": "cpu" if options.cpu else "wall",
         }
