@@ -207,7 +207,7 @@ def test_heads(site: Site, tables: Tables) -> None:
         profile = _distances(tables["examples"], layer)
         for head, card in enumerate(data["heads"]):
             x, y = wide["decoder_share"][head], wide["dfa_share"][head]
-            assert close(card["agreement"], spearmanr(x, y)[0], 4)
+            assert close(card["agreement"], spearmanr(x[often], y[often])[0], 4)
             for listed, values in ((card["by_decoder"], x), (card["by_dfa"], y)):
                 expected = values[often].sort_values(ascending=False, kind="stable").head(20)
                 assert [data["feature"][i] for i, *_ in listed] == expected.index.tolist()
@@ -305,8 +305,8 @@ def test_names(survey: Path, tmp_path: Path) -> None:
             "feature": [1, 1, 3],
             "family": ["previous_token", "induction", "induction"],
             "score": [0.75, 0.5, 1.0],
-            "low": [0.6, 0.4, 0.9],
-            "high": [0.9, 0.7, 1.0],
+            "score_low": [0.6, 0.4, 0.9],
+            "score_high": [0.9, 0.7, 1.0],
             "baseline": [0.1, 0.2, 0.3],
         }
     )
@@ -322,12 +322,45 @@ def test_names(survey: Path, tmp_path: Path) -> None:
     assert found[2, 3]["label"] == "<names>"
     assert site["layer-02"]["label"][3] == "<names>"
     assert site["layer-02"]["families"][3] == [0]
+    assert [layer["families"] for layer in site["site"]["layers"]] == [[1, 1], [1, 0]]
     assert "<title>A &amp; &lt;b&gt;</title>" in (tmp_path / "site" / "index.html").read_text()
     tokens = dict(zip(site["tokens"]["ids"], site["tokens"]["strings"], strict=True))
     assert tokens == {i: f"<{i}>" for i in tokens}
     other = sap.studies.Study("quality", {}, {"table": members})
-    with pytest.raises(sap.InputError, match=r"families must be .* study 'quality'"):
-        sap.cards(survey, tmp_path / "other", families=other, progress=False)
+    for name in ("families", "heads"):
+        given: Any = {name: other}
+        with pytest.raises(sap.InputError, match=rf"{name} must be .* study 'quality'"):
+            sap.cards(survey, tmp_path / "other", **given, progress=False)
+
+
+def test_heads_as_studied(survey: Path, tmp_path: Path, site: Site) -> None:
+    heads = pd.DataFrame(
+        {
+            "layer": [0, 2],
+            "head": [1, 3],
+            "score_dfa": [0.25, np.nan],
+            "monosemantic_dfa": [True, False],
+            "agreement_low": [0.1, 0.2],
+            "agreement_high": [0.3, 0.4],
+        }
+    )
+    study = sap.studies.Study("heads", {"min_fires": 40}, {"heads": heads})
+    sap.cards(survey, tmp_path / "site", heads=study, progress=False)
+    found = read(tmp_path / "site")
+    assert found["site"]["min_fires"] == 40
+    scored = {
+        (one["layer"], one["head"]): (one["score"], one["monosemantic"])
+        for one in found["site"]["heads"]
+        if "score" in one
+    }
+    assert scored == {(0, 1): (0.25, True), (2, 3): (None, False)}
+    card = found["layer-00"]["heads"][1]
+    assert (card["low"], card["high"]) == (0.1, 0.3)
+    fires = found["layer-00"]["fires"]
+    assert all(fires[i] >= 40 for i, *_ in card["by_dfa"])
+    assert any(fires[i] < 40 for i, *_ in site["layer-00"]["heads"][1]["by_dfa"])
+    with pytest.raises(sap.InputError, match="min_fires=40, got min_fires=10"):
+        sap.cards(survey, tmp_path / "other", heads=study, min_fires=10, progress=False)
 
 
 def test_command(survey: Path, tmp_path: Path, folder: Path) -> None:
@@ -355,6 +388,7 @@ def test_command(survey: Path, tmp_path: Path, folder: Path) -> None:
         ({"examples": 0}, "examples must be at least 1, got 0"),
         ({"context": (3, -1)}, "context must be"),
         ({"per_file": 0}, "per_file must be at least 1"),
+        ({"min_fires": 0}, "min_fires must be at least 1"),
     ],
 )
 def test_wrong_options(survey: Path, tmp_path: Path, options: Any, message: str) -> None:

@@ -30,6 +30,16 @@ def cards(
     families: Annotated[
         Path | None, typer.Option(help="A study of families, as JSON, to show and filter by.")
     ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="A study of heads, as JSON, for how monosemantic they are.")
+    ] = None,
+    min_fires: Annotated[
+        int | None,
+        typer.Option(
+            help="Firings that a feature needs for heads' lists and agreement.",
+            show_default="as the study of heads, or 10",
+        ),
+    ] = None,
     title: Annotated[
         str | None, typer.Option(help="Of the site.", show_default="the model's name")
     ] = None,
@@ -44,6 +54,8 @@ def cards(
             examples=examples,
             context=context,
             families=None if families is None else sap.studies.load_study(families),
+            heads=None if heads is None else sap.studies.load_study(heads),
+            min_fires=min_fires,
             title=title,
             progress=screen.live,
         )

@@ -38,7 +38,6 @@ _OWN = {"index.html", "cards.css", "cards.js", "data", _MARK}
 _SCRIPTS = ("store.js", "draw.js", "index.js", "head.js", "feature.js", "app.js")
 _DIGITS = 6  # of activations; those of DFA by source and head one fewer
 _LISTED = 20  # features on a head's card, by each of the two shares
-_ENOUGH = 10  # firings, to be listed there
 _GRID = 12
 _TOKENS = 3  # shown of a feature in lists
 _QUANTILES = ("q10", "q25", "q50", "q75", "q90", "q99")
@@ -109,6 +108,8 @@ def cards(
     examples: int = 10,
     context: tuple[int, int] = (24, 8),
     families: Study | None = None,
+    heads: Study | None = None,
+    min_fires: int | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     tokenizer: Any = None,
     title: str | None = None,
@@ -131,6 +132,9 @@ def cards(
         context: tokens shown before and after a firing. Sources that lie outside are shown too,
             with a neighbour on each side.
         families: what ``sap.studies.families`` found, to show and to filter by.
+        heads: what ``sap.studies.heads`` found, for how monosemantic heads are.
+        min_fires: features with fewer firings are left out of heads' lists and agreement. None: as
+            ``heads`` did, else 10.
         labels: a name for features that have one, by ``(layer, feature)``.
         tokenizer: for the tokens' strings. None: those that the survey keeps.
         title: of the site. None: the model's name.
@@ -144,7 +148,8 @@ def cards(
         InputError: an option out of its range, a layer or feature that the survey does not have.
         FileError: no survey there, a damaged one, or a folder that holds anything else.
     """
-    _check_options(examples, context, per_file)
+    scores, least = _monosemanticity(heads), _least(heads, min_fires)
+    _check_options(examples, context, per_file, least)
     source = _Source.open(survey)
     chosen = _chosen(source, layers, features)
     target = _check_folder(Path(folder))
@@ -153,8 +158,9 @@ def cards(
         store = made / ".rows"
         rows = TokenRows(source.table("rows"), store)
         site = _Site(
-            source, rows, made, examples, context, per_file, labels or {}, _Families(families)
-        )
+            source, rows, made, examples, context, per_file, least, labels or {},
+            _Families(families), scores,
+        )  # fmt: skip
         bar = tqdm(total=sum(map(len, chosen.values())), unit=" features", disable=not progress)
         with bar:
             for layer, ids in chosen.items():
@@ -168,11 +174,11 @@ def cards(
 # -- what is asked for ---------------------------------------------------------------------------
 
 
-def _check_options(examples: int, context: tuple[int, int], per_file: int) -> None:
-    if not isinstance(examples, int) or examples < 1:
-        raise InputError(f"examples must be at least 1, got {examples!r}")
-    if not isinstance(per_file, int) or per_file < 1:
-        raise InputError(f"per_file must be at least 1, got {per_file!r}")
+def _check_options(examples: int, context: tuple[int, int], per_file: int, min_fires: int) -> None:
+    numbers = {"examples": examples, "per_file": per_file, "min_fires": min_fires}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be at least 1, got {value!r}")
     if len(context) != 2 or not all(isinstance(n, int) and n >= 0 for n in context):
         raise InputError(f"context must be (tokens before, tokens after), got {context!r}")
 
@@ -264,7 +270,7 @@ class _Families:
         if study is None:
             return
         table = study.tables.get("members")
-        known = ("family", "score", "low", "high", "baseline")
+        known = ("family", "score", "score_low", "score_high", "baseline")
         missing = [] if table is None else [c for c in known if c not in table]
         if table is None or missing:
             raise InputError(
@@ -277,6 +283,33 @@ class _Families:
         for (layer, feature), (family, *values) in zip(keys, rows, strict=True):
             entry = [number[family], *_numbers(values, 4)]
             self.of.setdefault((int(layer), int(feature)), []).append(entry)
+
+
+def _monosemanticity(study: Study | None) -> dict[tuple[int, int], dict[str, Any]]:
+    """By head: the score of its top features by DFA, and whether it is called monosemantic."""
+    if study is None:
+        return {}
+    table = study.tables.get("heads")
+    known = ("layer", "head", "score_dfa", "monosemantic_dfa", "agreement_low", "agreement_high")
+    if table is None or any(column not in table for column in known):
+        raise InputError(
+            f"heads must be what sap.studies.heads found, got the study {study.name!r}"
+        )
+    found = {}
+    for layer, head, score, called, low, high in table[list(known)].itertuples(index=False):
+        numbers = dict(zip(("score", "low", "high"), _numbers([score, low, high], 4), strict=True))
+        found[int(layer), int(head)] = {**numbers, "monosemantic": bool(called)}
+    return found
+
+
+def _least(heads: Study | None, min_fires: int | None) -> int:
+    """Firings that a feature needs to count for its heads: as the study of heads had it."""
+    if heads is None:
+        return 10 if min_fires is None else min_fires
+    theirs = heads.settings.get("min_fires", 10)
+    if min_fires not in (None, theirs):
+        raise InputError(f"heads were studied with min_fires={theirs}, got min_fires={min_fires}")
+    return theirs
 
 
 # -- the folder ----------------------------------------------------------------------------------
@@ -352,8 +385,10 @@ class _Site:
     examples: int
     context: tuple[int, int]
     per_file: int
+    min_fires: int
     labels: Mapping[tuple[int, int], str]
     families: _Families
+    scores: Mapping[tuple[int, int], Mapping[str, Any]]
     layers: list[dict[str, Any]] = field(default_factory=list)
     heads: list[dict[str, Any]] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
@@ -438,7 +473,7 @@ class _Site:
         best = np.where(measured, np.nan_to_num(dfa).argmax(1), -1)
         fires = np.array([n or 0 for n in index["fires"]], dtype=np.float64)
         sizes = np.nan_to_num(shares["dfa_abs"]) * fires[:, None]
-        often = np.flatnonzero(measured & (fires >= _ENOUGH))
+        often = np.flatnonzero(measured & (fires >= self.min_fires))
         heads = []
         for head in range(dfa.shape[1]):
             x, y = decoder[measured, head], dfa[measured, head]
@@ -450,7 +485,7 @@ class _Site:
             ]
             total = sizes.sum()
             card = {
-                "agreement": _agreement(x, y),
+                "agreement": _agreement(*sides),
                 "top": int((best == head).sum()),
                 "share": _numbers([sizes[:, head].sum() / total], 4)[0] if total else None,
                 "by_decoder": listed[0],
@@ -463,9 +498,15 @@ class _Site:
             few = [
                 [int(ids[i]), index["tokens"][i], index["label"][i]] for i, *_ in card["by_dfa"][:3]
             ]
-            kept = ("agreement", "top", "share", "overlap")
+            card |= self.scores.get((layer, head), {})
+            kept = ("agreement", "top", "share", "overlap", "score", "monosemantic")
             self.heads.append(
-                {"layer": layer, "head": head, "few": few, **{k: card[k] for k in kept}}
+                {
+                    "layer": layer,
+                    "head": head,
+                    "few": few,
+                    **{k: card[k] for k in kept if k in card},
+                }
             )
         for tokens in index["tokens"]:
             self.used.update(tokens)
@@ -477,7 +518,16 @@ class _Site:
         }
         self.write(f"layer-{layer:02d}", data)
         self.layers.append(
-            {"layer": layer, "features": len(ids), "live": int((fires > 0).sum()), "files": files}
+            {
+                "layer": layer,
+                "features": len(ids),
+                "live": int((fires > 0).sum()),
+                "files": files,
+                "families": [
+                    sum(family in of for of in index["families"])
+                    for family in range(len(self.families.names))
+                ],
+            }
         )
 
     # -- a feature -------------------------------------------------------------------------------
@@ -591,7 +641,7 @@ class _Site:
                 "positions_by_bin": facts.get("positions_by_bin"),
                 "positions": facts["position_edges"],
                 "families": self.families.names,
-                "enough": _ENOUGH,
+                "min_fires": self.min_fires,
                 "layers": self.layers,
                 "heads": self.heads,
                 "example": list(_EXAMPLE),

@@ -10,14 +10,17 @@
       return cards.showProblem(main, `This site has no head ${layer}.${head}.`);
     const data = await cards.layer(layer);
     const card = data.heads[head];
-    const enough = ` Of features with ${cards.site.enough} firings or more.`;
+    const enough = ` Of features with ${cards.site.min_fires} firings or more.`;
     const short = (x) => (x === null ? "–" : sag.number(x, 3));
     const shown = [
-      ["agreement", short(card.agreement)],
+      ["agreement", card.low === undefined ? short(card.agreement)
+        : `${short(card.agreement)} (${short(card.low)} to ${short(card.high)})`],
       ["features it carries most of", card.top.toLocaleString("en")],
       ["of the layer's |DFA|", cards.share(card.share)],
       ["in both lists", `${card.overlap} of ${card.by_dfa.length}`],
     ];
+    if (card.score !== undefined)
+      shown.push([card.monosemantic ? "score: monosemantic" : "score: not monosemantic", short(card.score)]);
     const all = cards.site.heads;
     const here = all.findIndex((one) => one.layer === layer && one.head === head);
     const step = (by) => {
@@ -83,7 +86,7 @@
     box.style.gridTemplateColumns = `repeat(${side}, 1fr)`;
     return cards.section("Do the two shares agree?",
       "Each cell counts features; on the diagonal both say the same. The colour is logarithmic. " +
-      "Agreement is the rank correlation over the features that fire.",
+      `Agreement is the rank correlation over the features with ${cards.site.min_fires} firings or more.`,
       el("div", { class: "sac-agree" }, el("span", { class: "sac-up" }, "DFA share →"), box,
         el("span", {}, "decoder share →")));
   }

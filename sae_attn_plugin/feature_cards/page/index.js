@@ -9,7 +9,9 @@
     ["top", "features it carries most of", (head) => head.top, (n) => n.toLocaleString("en")],
     ["agreement", "agreement of the two shares", (head) => head.agreement, (x) => sag.number(x, 2)],
     ["share", "share of the layer's |DFA|", (head) => head.share, (x) => cards.share(x)],
+    ["score", "monosemanticity", (head) => head.score, (x) => sag.number(x, 2)],
   ];
+  const named = (i) => sag.shown(cards.site.families[i].replace(/_/g, " "));
   const DENSITIES = [
     ["", "any density", 0, Infinity],
     ["high", "above 10%", 0.1, Infinity],
@@ -27,7 +29,7 @@
     { key: "head", name: "Head", wide: true, title: "The head that carries most of its |DFA|" },
     { key: "share", name: "Its share", title: "The head's share of the feature's |DFA|" },
   ];
-  const DOWN = new Set(["density", "fires", "max", "share", "top", "agreement", "overlap"]);
+  const DOWN = new Set(["density", "fires", "max", "share", "top", "agreement", "overlap", "score"]);
 
   /** The reader's choices, from what follows `#?`. */
   function choices(query) {
@@ -73,8 +75,19 @@
     };
     const heads = el("div", {});
     const list = el("div", { class: "sac-list" });
-    main.replaceChildren(about(), cards.section("Heads", null, heads),
-      cards.section("Features", null, filters(now, () => refresh()), list));
+    const controls = filters(now, () => refresh());
+    const families = cards.site.families.length ? familyGrid((layer, family) => {
+      for (const [name, value] of [["layer", layer], ["family", family]]) {
+        now[name] = String(value);
+        controls.querySelector(`[data-filter=${name}]`).value = now[name];
+      }
+      refresh();
+      controls.scrollIntoView({ block: "center" });
+    }) : null;
+    main.replaceChildren(...[about(), cards.section("Heads", null, heads),
+      families && cards.section("Families", "Share of the layer's features on this site that belong to each; " +
+        "a feature may belong to several or to none.", families),
+      cards.section("Features", null, controls, list)].filter(Boolean));
     keep();
     const showHeads = () => heads.replaceChildren(headGrid(now, (measure) => {
       now.measure = measure;
@@ -131,14 +144,15 @@
 
   function headGrid(now, choose) {
     const { site } = cards;
-    const [key, , value, text] = MEASURES.find(([name]) => name === now.measure) || MEASURES[0];
+    const measures = MEASURES.filter(([, , value]) => site.heads.some((head) => value(head) !== undefined));
+    const [key, , value, text] = measures.find(([name]) => name === now.measure) || measures[0];
     const most = Math.max(...site.heads.map((head) => Math.abs(value(head) || 0))) || 1;
     const of = new Map(site.heads.map((head) => [`${head.layer}.${head.head}`, head]));
     const every = [...Array(site.n_heads).keys()];
     return el("div", {},
       el("div", { class: "sac-filters" }, el("label", {}, "Show ",
         el("select", { "data-act": "measure", onchange: (event) => choose(event.target.value) },
-          MEASURES.map(([name, words]) => el("option", { value: name, selected: name === key }, words))))),
+          measures.map(([name, words]) => el("option", { value: name, selected: name === key }, words))))),
       el("div", { class: "sac-scroll" }, el("table", { class: "sac-grid" },
         el("caption", { class: "sag-hidden" }, "Heads by layer; a cell leads to the head's card"),
         el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "sag-hidden" }, "layer")),
@@ -151,10 +165,27 @@
             const cell = el("a", { href: cards.headLink(layer, h), title: `head ${layer}.${h}: ${
               head.top.toLocaleString("en")} features, agreement ${sag.number(head.agreement, 3)}, ${
               cards.share(head.share)} of the layer's |DFA|` },
-              shown === null ? "–" : text(shown));
-            if (shown !== null) cell.style.backgroundColor = sag.heat((0.75 * shown) / most);
+              blank(shown) ? "–" : text(shown));
+            if (!blank(shown)) cell.style.backgroundColor = sag.heat((0.75 * shown) / most);
             return el("td", {}, cell);
           })))))));
+  }
+
+  function familyGrid(choose) {
+    const { site } = cards;
+    const most = Math.max(...site.layers.flatMap((one) => one.families.map((n) => n / one.features))) || 1;
+    return el("div", { class: "sac-scroll" }, el("table", { class: "sac-grid" },
+      el("caption", { class: "sag-hidden" }, "Families by layer; a cell lists its features below"),
+      el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "sag-hidden" }, "layer")),
+        site.families.map((_, i) => el("th", { scope: "col" }, named(i))))),
+      el("tbody", {}, site.layers.map((one) => el("tr", {},
+        el("th", { scope: "row" }, `layer ${one.layer}`),
+        one.families.map((n, i) => {
+          const cell = el("button", { type: "button", title: `${sag.count(n, "feature")}; list them`,
+            onclick: () => choose(one.layer, i) }, cards.share(n / one.features));
+          cell.style.backgroundColor = sag.heat((0.75 * n) / one.features / most);
+          return el("td", {}, cell);
+        }))))));
   }
 
   function headTable(now, changed, before) {
@@ -167,6 +198,9 @@
       { key: "share", name: "Layer's |DFA|" },
       { key: "few", name: "First by DFA share", wide: true, sorts: false },
     ];
+    const scored = cards.site.heads.some((head) => head.score !== undefined);
+    if (scored) columns.splice(5, 0, { key: "score", name: "Monosemanticity",
+      title: "How alike the head's top features are, above random ones; ✓ where it passes the test" });
     const heads = [...cards.site.heads];
     const down = now.headsDown ? -1 : 1;
     heads.sort((a, b) => {
@@ -183,16 +217,18 @@
         el("th", { scope: "row" }, cards.headTag(head.layer, head.head)),
         el("td", {}, head.top.toLocaleString("en")), el("td", {}, sag.number(head.agreement, 3)),
         el("td", {}, head.overlap), el("td", {}, cards.share(head.share)),
+        scored ? el("td", {}, head.monosemantic ? "✓ " : "", sag.number(head.score, 2)) : null,
         el("td", { class: "is-text" }, head.few.map(([feature, tokens, label]) =>
           el("span", { class: "sac-few" }, cards.featureTag(head.layer, feature), " ",
             cards.called(tokens.slice(0, 1), label)))))), "Heads"));
     return details;
   }
 
+  const blank = (x) => x === null || x === undefined || Number.isNaN(x);
+
   /** Missing values last, whatever the direction. */
   function order2(a, b, down) {
-    const none = (x) => x === null || x === undefined || Number.isNaN(x);
-    if (none(a) || none(b)) return none(a) - none(b);
+    if (blank(a) || blank(b)) return blank(a) - blank(b);
     return a === b ? 0 : a < b ? -down : down;
   }
 
@@ -214,7 +250,7 @@
       choose("density", "Density", DENSITIES.map(([value, text]) => [value, text])),
       site.families.length
         ? choose("family", "Family", [["", "any family"],
-          ...site.families.map((name, i) => [String(i), sag.shown(name.replace(/_/g, " "))])])
+          ...site.families.map((_, i) => [String(i), named(i)])])
         : null,
       el("input", { type: "search", value: now.q, placeholder: "Id, token or label", "data-filter": "q",
         "aria-label": "Filter by id, token or label", spellcheck: "false", autocomplete: "off",
@@ -281,7 +317,7 @@
       el("th", { scope: "row" }, cards.featureTag(layer, data.feature[i])),
       el("td", { class: "is-text" }, cards.called(data.tokens[i], data.label[i])),
       families.length ? el("td", { class: "is-text" }, data.families[i].map((f) =>
-        el("span", { class: "sac-family" }, sag.shown(families[f].replace(/_/g, " "))))) : null,
+        el("span", { class: "sac-family" }, named(f)))) : null,
       el("td", {}, cards.density(data.density[i])),
       el("td", {}, data.fires[i].toLocaleString("en")),
       el("td", {}, sag.number(data.max[i])),
