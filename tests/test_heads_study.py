@@ -72,6 +72,21 @@ def test_top_features_are_alive_and_in_order(planted: Any) -> None:
         assert (mine["families"].str.contains(family)).all()
 
 
+def test_family_shares_are_of_the_heads_whole_attribution(planted: Any) -> None:
+    _, _, found = planted
+    kinds = families(found)
+    table: Any = heads(found, families=kinds, random_sets=5).tables["families"]
+    members = kinds.tables["members"].query("layer == 1 and family == 'induction'")["feature"]
+    rows = found.heads.query("layer == 1 and head == 0").merge(found.features, on="feature")
+    rows = rows[(rows["layer_y"] == 1) & rows["feature"].isin(live(found, 1))]
+    size = rows["dfa_abs_x"] * rows["fires"]
+    expected = size[rows["feature"].isin(members)].sum() / size.sum()
+    row = table.query("layer == 1 and head == 0 and family == 'induction'").iloc[0]
+    assert row["dfa_share"] == pytest.approx(expected)
+    others = table.query("layer == 1 and head != 0 and family == 'induction'")["dfa_share"]
+    assert row["dfa_share"] > 3 * others.max()  # the induction head
+
+
 def test_components_are_plain_means_over_pairs(planted: Any) -> None:
     made, lens, found = planted
     kinds = families(found)
@@ -220,7 +235,7 @@ def test_command_line(planted: Any, tmp_path: Path) -> None:
         app, ["heads", str(found.folder), "--out", str(tmp_path), "--layers", "1", "--top", "5"]
     )
     assert run.exit_code == 0, run.output
-    for text in ("induction", "local context 5/5", "Share of heads called monosemantic", "1.0"):
+    for text in ("induction", "local context", "Share of heads called monosemantic", "1.0"):
         assert text in run.output
     assert "decoder directions are left out" in run.output
     names = ("heads.json", "heads.png", "families.json", "families.png")

@@ -22,7 +22,8 @@ DFA, c(x) the token at x up to a leading space and letter case. A firing meets
   token and at what followed them, is at least half of all. Not asked where q <= 32;
 - ``successor``: c(s) stands in a sequence (numbers, days, months, letters, ordinals, the user's),
   and its successor is among the ten tokens that the feature's decoder promotes most, with at least
-  half the effect of the first and above c(s) itself.
+  half the effect of the first and above c(s) itself. In a small vocabulary many features promote
+  some successor by chance; the table ``shifted`` tells how many.
 
 ``positional`` is a criterion on the feature: the score is the sum over bins b of max(0, p_b - u_b),
 where p_b is the share of its firings (all of them, counted) in position bin b and u_b that of all
@@ -40,7 +41,6 @@ that so many firings reach by chance, whichever is larger.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +92,7 @@ _ROLE = {
 }
 _NEAR, _FAR = 9, 17  # first distance that is not near, first that is far: edges of bins
 _LONGEST_PREFIX = 16  # tokens looked back
+_SHIFTS = (1, 2, 3, 4)
 _LEAST_EFFECT = 0.5  # of a successor, beside the token promoted most
 
 
@@ -154,8 +155,10 @@ def families(
         s did come next), ``overlap`` (members of both of two families), ``strongest``
         (of features with at least twice as many firings as are kept of the strongest: those whose
         strongest firings alone reach the threshold, those of them that are members, and members
-        among the others) and ``false_positives`` (sampled firings of members that do not meet the
-        criterion, in context). :func:`family_scores` has all scores.
+        among the others), ``false_positives`` (sampled firings of members that do not meet the
+        criterion, in context) and ``shifted`` (members of ``successor``, and how many there would
+        be with what comes two, three or four places on in the successor's stead: what chance gives
+        with this vocabulary). :func:`family_scores` has all scores.
 
     Raises:
         InputError: an unknown family, a layer not in the survey, a survey without sampled firings,
@@ -185,6 +188,8 @@ def families(
         "strongest": _strongest(table, judge.names, threshold, found),
         "false_positives": judge.false_positives(members, by_layer, examples),
     }
+    if "successor" in judge.names:
+        tables["shifted"] = _shifted(judge, found, table, threshold, min_firings, given)
     return Study("families", settings, tables)
 
 
@@ -257,8 +262,10 @@ def _names(names: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def _successors(where: Text, sequences: Mapping[str, Sequence[str]]) -> dict[int, set[int]]:
-    """Class to the classes that may follow it."""
+def _successors(
+    where: Text, sequences: Mapping[str, Sequence[str]], shift: int = 1
+) -> dict[int, set[int]]:
+    """Class to the classes that may follow it, ``shift`` places on."""
     found: dict[int, set[int]] = {}
     classes = {
         string.removeprefix(" ").lower(): int(where.of_token[token])
@@ -268,7 +275,7 @@ def _successors(where: Text, sequences: Mapping[str, Sequence[str]]) -> dict[int
         if isinstance(sequence, str) or len(sequence) < 2:
             raise InputError(f"sequence {name!r}: expected at least two strings, got {sequence!r}")
         known = [classes.get(str(item).removeprefix(" ").lower()) for item in sequence]
-        for one, other in itertools.pairwise(known):
+        for one, other in zip(known, known[shift:], strict=False):
             if one is not None and other is not None and one != other:
                 found.setdefault(one, set()).add(other)
     return found
@@ -668,6 +675,37 @@ def _typical(
             total += np.bincount(bins[asked], weights=weight[asked], minlength=n_bins)
         found[name] = hits / np.maximum(total, 1e-30)
     return found
+
+
+def _shifted(
+    judge: _Judge,
+    layers: Sequence[_Layer],
+    table: pd.DataFrame,
+    threshold: float,
+    min_firings: int,
+    sequences: Mapping[str, Sequence[str]],
+) -> pd.DataFrame:
+    """Members of the successor family, and how many there would be if what comes two, three or four
+    places on were called the successor: about as many as chance gives with this vocabulary."""
+    rows = []
+    for shift in _SHIFTS:
+        others = _Judge(
+            judge.survey, judge.where, ["successor"], _successors(judge.where, sequences, shift)
+        )
+        for layer in layers:
+            if shift == 1:
+                mine: Any = table[(table["layer"] == layer.layer) & table["member"]]
+                count = int((mine["family"] == "successor").sum())
+            else:
+                met, _, chance = others._judge(layer.firings, others._promotes(layer.layer))
+                feature = layer.firings.feature
+                n = np.bincount(feature)
+                share, low, _ = wilson(np.bincount(feature, met["successor"]), n)
+                usual = np.bincount(feature, chance["successor"]) / np.maximum(n, 1)
+                said = (share >= threshold) & (low > usual) & (n >= min_firings)
+                count = int(said.sum())
+            rows.append({"layer": layer.layer, "shift": shift, "members": count})
+    return pd.DataFrame(rows)
 
 
 def _by_layer(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

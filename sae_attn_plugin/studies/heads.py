@@ -57,6 +57,7 @@ _ALIKE = ("decoder", "dfa")  # rankings whose top features are compared with eac
 _THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 _LEVEL = 0.05  # of random sets that may score as high
 _NEIGHBOURS = 25  # features on either side, by firings, that a random one is drawn from
+_MUCH = 0.2  # of a head's DFA, for a family to be named
 _REDRAWN = 20  # times, until the features of a set differ
 _DRAWN_AT_ONCE = 2**24
 
@@ -92,11 +93,13 @@ def heads(
         Tables ``heads`` (one row per head: live features, its share of the layer's |DFA|,
         ``agreement`` with bootstrap interval over features, ``agreement_by_firings`` with features
         weighted by their firings, ``overlap`` of the top features and what chance gives, and for
-        both rankings score, p and whether it is called monosemantic, the commonest families of its
-        top features by DFA), ``features`` (the top features of each head by each ranking: share,
-        firings, families, tokens promoted most), ``components`` (each component with its random
-        sets' mean, 95 % quantile and excess) and ``sensitivity`` (share of heads called
-        monosemantic for numbers of top features and thresholds).
+        both rankings score, p and whether it is called monosemantic, the families that a fifth or
+        more of its ``|DFA|`` goes into), ``features`` (the top features of each head by each
+        ranking: share, firings, families, tokens promoted most), ``components`` (each component
+        with its random sets' mean, 95 % quantile and excess), ``sensitivity`` (share of heads
+        called monosemantic for numbers of top features and thresholds) and, with ``families=``,
+        ``families`` (what part of each head's ``|DFA|`` goes into members of each family, and how
+        many of them are among its top features by DFA).
 
     Raises:
         InputError: a layer not in the survey, SAEs other than the survey's, fewer live features
@@ -130,7 +133,9 @@ def heads(
             table[f"monosemantic_{by}"] = table["head"].map(said)
         features = one.table()
         if families is not None:
-            table["families"] = table["head"].map(_common(features, top))
+            shares = one.by_family(families)
+            table["families"] = table["head"].map(_most(shares))
+            parts.setdefault("families", []).append(shares)
         parts["heads"].append(table)
         parts["features"].append(features)
         parts["components"].append(components.query("top == @top"))
@@ -299,6 +304,26 @@ class _Layer:
                 }
             )
         return pd.DataFrame(rows)
+
+    def by_family(self, families: Study) -> pd.DataFrame:
+        """What part of each head's ``|DFA|`` goes into members of each family."""
+        members, total = self._memberships(families), self.shares["total"]
+        shares = members.T @ total / np.maximum(total.sum(0), 1e-30)
+        names = families.settings["families"]
+        return pd.DataFrame(
+            {
+                "layer": self.layer,
+                "head": np.tile(np.arange(self.n_heads), len(names)),
+                "family": np.repeat(names, self.n_heads),
+                "dfa_share": shares.ravel(),
+                "top": self._in_top(members).ravel(),
+            }
+        )
+
+    def _in_top(self, members: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """``[family, head]``: members among the top features by DFA."""
+        tops = [self.order("dfa", head)[: self.top] for head in range(self.n_heads)]
+        return np.stack([members[top].sum(0) for top in tops], 1)
 
     def table(self) -> pd.DataFrame:
         """The top features of each head, by each ranking."""
@@ -470,14 +495,16 @@ def _correlations(x: Any, y: Any, resamples: int, rng: np.random.Generator) -> l
     ]
 
 
-def _common(features: pd.DataFrame, top: int) -> Mapping[int, str]:
-    """By head, the families of at least three tenths of its top features by DFA."""
-    found = {}
-    by_dfa: Any = features[features["by"] == "dfa"]
-    for head, group in by_dfa.groupby("head"):
-        counts = group["families"].str.split().explode().dropna().value_counts()
-        common = counts[counts >= 0.3 * top]
-        found[int(head)] = ", ".join(f"{name} {count}/{top}" for name, count in common.items())
+def _most(shares: pd.DataFrame) -> Mapping[int, str]:
+    """By head, the families that a good part of its DFA goes into."""
+    large: Any = shares[shares["dfa_share"] >= _MUCH]
+    large = large.sort_values("dfa_share", ascending=False)
+    found = dict.fromkeys(shares["head"].tolist(), "")
+    for head, group in large.groupby("head"):
+        found[int(head)] = ", ".join(
+            f"{name} {share:.0%}"
+            for name, share in zip(group["family"], group["dfa_share"], strict=True)
+        )
     return found
 
 
