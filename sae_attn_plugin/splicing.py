@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sae_attn_plugin.backends.protocol import lock_of
 from sae_attn_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def splice(
 
     An SAE known to be trained on z without value biases (:func:`sap.releases`, ``value_biases``)
     is moved to the model's z.
+
+    While the context is open, other threads that splice this model or run a lens on it wait. A
+    thread that calls the model itself sees what is spliced in.
     """
     host = _host(model)
     placed: dict[int, list[AttentionSAE]] = {}
@@ -85,19 +89,20 @@ def splice(
         }
     )
     handles = []
-    try:
-        for layer, group in placed.items():
-            module, side = host.place(layer)
-            run = functools.partial(_replaced, spliced, layer, group, error_term, edit)
-            if side == "input":
-                hook = functools.partial(_before, run)
-                handles.append(module.register_forward_pre_hook(hook))
-            else:
-                handles.append(module.register_forward_hook(functools.partial(_after, run)))
-        yield spliced
-    finally:
-        for handle in handles:
-            handle.remove()
+    with lock_of(host.model):
+        try:
+            for layer, group in placed.items():
+                module, side = host.place(layer)
+                run = functools.partial(_replaced, spliced, layer, group, error_term, edit)
+                if side == "input":
+                    hook = functools.partial(_before, run)
+                    handles.append(module.register_forward_pre_hook(hook))
+                else:
+                    handles.append(module.register_forward_hook(functools.partial(_after, run)))
+            yield spliced
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _replaced(
@@ -180,6 +185,7 @@ def _layer(sae: AttentionSAE) -> int:
 
 @dataclass(frozen=True)
 class _Host:
+    model: nn.Module  # whose lock it is
     n_layers: int
     n_heads: int
     d_head: int
@@ -218,9 +224,10 @@ def _hooked(model: Any) -> _Host:
         return bias
 
     cfg = model.cfg
-    has_values = hasattr(model.blocks[0].attn, "b_V")  # a HookedModel only points at another's
-    part = value_bias_part if has_values else _host(model.model).value_bias_part
-    return _Host(cfg.n_layers, cfg.n_heads, cfg.d_head, place, part)
+    if not hasattr(model.blocks[0].attn, "b_V"):  # a HookedModel points at another, of any host
+        behind = _host(model.model)
+        return replace(behind, place=place)
+    return _Host(model, cfg.n_layers, cfg.n_heads, cfg.d_head, place, value_bias_part)
 
 
 def _bridge(model: Any) -> _Host:
@@ -240,7 +247,7 @@ def _bridge(model: Any) -> _Host:
         return bias.repeat_interleave(model.cfg.n_heads // len(bias), dim=0)
 
     cfg = model.cfg
-    return _Host(cfg.n_layers, cfg.n_heads, cfg.d_head, place, value_bias_part)
+    return _Host(model, cfg.n_layers, cfg.n_heads, cfg.d_head, place, value_bias_part)
 
 
 def _huggingface(model: Any) -> _Host:
@@ -258,6 +265,7 @@ def _huggingface(model: Any) -> _Host:
     geometry = read_geometry(model, row)
     blocks = submodule(model, row.blocks)
     return _Host(
+        model,
         geometry.n_layers,
         geometry.n_heads,
         geometry.d_head,
