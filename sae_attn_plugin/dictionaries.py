@@ -709,35 +709,18 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         InputError: neither a folder with SAEs nor a known release.
         FileError: an SAE that is damaged, or that neither the hub nor the local cache can give.
     """
-    import difflib
-
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     from tqdm.auto import tqdm
 
-    path = Path(source)
-    if path.is_dir():
-        folders = (
-            [path]
-            if (path / "cfg.json").is_file()
-            else sorted(child.parent for child in path.glob("*/cfg.json"))
-        )
-        if not folders:
-            raise InputError(
-                f"no SAE in the folder {path}; expected cfg.json and sae_weights.safetensors in it "
-                "or in its subfolders"
-            )
+    if folders := sae_folders(source):
         found = {}
         for folder in folders:
             with _explain(f"the SAE in {folder}"):
                 sae = _with_density(SAE.load_from_disk(folder, device=device), folder)
-            found[folder.name] = _from(_with_heads(sae), _known_as(path))
+            found[folder.name] = _from(_with_heads(sae), _known_as(Path(source)))
         return found
     directory = get_pretrained_saes_directory()
-    if str(source) not in directory:
-        close = difflib.get_close_matches(str(source), directory, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise InputError(f"{str(source)!r} is neither a folder nor a sae_lens release{hint}")
     loaded = {}
     for sae_id in tqdm(directory[str(source)].saes_map, desc=f"loading {source}", leave=False):
         with _explain(f"{sae_id!r} of the release {str(source)!r}"):
@@ -748,6 +731,38 @@ def load_saes(source: str | Path, device: str = "cpu") -> dict[str, Any]:
             sae.sparsity = density
         loaded[sae_id] = _from(_with_heads(sae, str(source)), str(source))
     return loaded
+
+
+def sae_folders(source: str | Path) -> list[Path]:
+    """The folders of SAEs that a source means, or none where it is a known release.
+
+    Nothing is loaded, so that a wrong name is told before work that takes its time.
+
+    Raises:
+        InputError: neither a folder with SAEs nor a known release.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "cfg.json").is_file():
+            return [path]
+        if folders := sorted(child.parent for child in path.glob("*/cfg.json")):
+            return folders
+        raise InputError(
+            f"no SAE in the folder {path}; expected cfg.json and sae_weights.safetensors in it or "
+            "in its subfolders"
+        )
+    what = f"{str(source)!r} is neither a folder nor a sae_lens release"
+    if isinstance(source, Path) or source.startswith((".", "/", "~")):
+        raise InputError(what)  # without sae_lens, which takes seconds to import
+    import difflib
+
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    if source not in directory:
+        close = difflib.get_close_matches(source, directory, n=3)
+        raise InputError(f"{what}; did you mean {' or '.join(close)}?" if close else what)
+    return []
 
 
 def _from(sae: Any, source: str) -> Any:

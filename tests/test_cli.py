@@ -436,6 +436,42 @@ def test_transcoders_and_what_passes_on(files: Path, here: Path) -> None:
     assert "is of attention" in " ".join(refused.stderr.split())
 
 
+LATE = {
+    "graph": ("--saes ./nowhere --prompt w3", "'./nowhere' is neither a folder nor"),
+    "graph, transcoders": ("--saes SAES --transcoders ./no --prompt w3", "'./no' is neither"),
+    "graph, a release": ("--saes nowhere --prompt w3", "'nowhere' is neither a folder nor"),
+    "evaluate": ("--saes ./nowhere --data TEXT", "'./nowhere' is neither a folder nor"),
+    "evaluate, text": ("--saes SAES --data ./nowhere", "no such file: ./nowhere"),
+    "evaluate, a folder": ("--saes SAES --data SAES", "but none saved by datasets"),
+    "evaluate, an ending": ("--saes SAES --data setup.cfg", "cannot read setup.cfg: expected"),
+    "explore": ("--saes ./nowhere", "'./nowhere' is neither a folder nor"),
+    "explore, sessions": ("--saes SAES --sessions setup.cfg/in", "setup.cfg is no folder"),
+    "study quality": ("--saes ./nowhere --data TEXT", "'./nowhere' is neither a folder nor"),
+    "study prefix": ("--saes ./nowhere", "'./nowhere' is neither a folder nor"),
+    "study quality, text": ("--saes SAES --data ./nowhere", "no such file: ./nowhere"),
+    "study quality, out": ("--saes SAES --data TEXT --out no", "does not exist"),
+    "study quality, work": ("--saes SAES --data TEXT --work setup.cfg", "setup.cfg is no folder"),
+    "train, out": ("--out setup.cfg/in --data TEXT", "setup.cfg is no folder"),
+    "train, text": ("--out new --data ./nowhere", "no such file: ./nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_wrong_sources_are_told_before_the_model_loads(
+    files: Path, here: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    options, message = LATE[case]
+    monkeypatch.setattr(sap, "load_model", lambda *_, **__: pytest.fail("loads the model"))
+    text, other = here / "text.txt", here / "setup.cfg"
+    text.write_text("w3 w4\n")
+    other.write_text("\n")
+    given = options.replace("SAES", str(files / "saes")).replace("TEXT", str(text)).split()
+    result = call(*case.partition(",")[0].split(), "--model", files / "model", *given)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert sorted(here.iterdir()) == [other, text]
+
+
 def test_version_and_help() -> None:
     assert call("--version").stdout == f"sae-attn {sap.__version__}\n"
     for command in ([], ["demo"], ["graph"], ["export"]):

@@ -480,7 +480,7 @@ def test_fifty_at_once_then_killed_then_started_anew(tmp_path: Path, record_prop
         (["--port", "99999"], "port 99999: expected 0 to 65535"),
         (["--sessions", "FILE"], "is no folder"),
         (["--port", "TAKEN"], "cannot listen on port"),
-        (["--model", "no-such-folder", "--saes", "none", "--port", "0"], "no-such-folder"),
+        (["--model", "no-such-folder", "--saes", "SAES", "--port", "0"], "no-such-folder"),
     ],
 )
 def test_the_command_refuses(
@@ -489,7 +489,8 @@ def test_the_command_refuses(
     from sae_attn_plugin.cli import app
 
     (tmp_path / "file").write_text("")
-    given = {"FILE": str(tmp_path / "file"), "TAKEN": str(server.port)}
+    saes = str(sap.demo.SAES_PATH)
+    given = {"FILE": str(tmp_path / "file"), "TAKEN": str(server.port), "SAES": saes}
     result = CliRunner().invoke(app, ["explore", *(given.get(a, a) for a in arguments)])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import math
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -144,6 +147,48 @@ def test_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
         list(pool.map(lambda i: sap.save(graphs[i % 2], path), range(40)))
     assert path.read_bytes() in wholes
     assert [p.name for p in tmp_path.iterdir()] == ["g.json"]
+
+
+_WRITER = """
+import sys, pathlib
+import sae_attn_plugin as sap
+source, path = map(pathlib.Path, sys.argv[1:])
+graph = sap.load(source)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(60):
+    sap.save(graph, path)
+"""
+
+
+def test_processes_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / "g.json"
+    wholes, writers = [], []
+    for i in range(2):
+        source = tmp_path / f"{i}.json"
+        sap.save(small_graph(multi=bool(i)), source)
+        wholes.append(source.read_bytes())
+        command = [sys.executable, "-c", _WRITER, str(source), str(path)]
+        writers.append(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True))
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    seen = set()
+    while any(writer.poll() is None for writer in writers):  # a reader meets whole files only
+        if path.exists():
+            seen.add(path.read_bytes())
+    for writer in writers:
+        _, said = writer.communicate(timeout=60)
+        assert writer.returncode == 0, said
+    assert path.read_bytes() in wholes
+    assert seen <= set(wholes)
+    assert [p.name for p in folder.iterdir()] == ["g.json"]
 
 
 def test_a_trained_sae_is_replaced_or_kept(tmp_path: Path) -> None:

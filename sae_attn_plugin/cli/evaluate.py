@@ -18,6 +18,7 @@ from sae_attn_plugin.cli.options import (
     check_counts,
     check_device,
     check_files,
+    check_saes,
 )
 from sae_attn_plugin.cli.screen import session
 from sae_attn_plugin.cli.text import (
@@ -77,6 +78,7 @@ def evaluate(
         from sae_attn_plugin.corpus.rows import read_rows
 
         check_device(device)
+        check_saes(saes)
         with screen.busy(f"loading {model}"):
             host = load(model, backend.value, device, getattr(torch, dtype.value))
         with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():

@@ -17,6 +17,8 @@ from sae_attn_plugin.cli.options import (
     DtypeOption,
     HostOption,
     check_device,
+    check_folder,
+    check_saes,
 )
 from sae_attn_plugin.cli.screen import Screen, plain, session
 from sae_attn_plugin.errors import InputError
@@ -57,14 +59,14 @@ def explore(
     with session() as screen:
         if (model is None) != (saes is None):
             raise InputError("--model and --saes go together; without both, the demo model is used")
-        if sessions.exists() and not sessions.is_dir():
-            raise InputError(f"--sessions {str(sessions)!r} is no folder")
+        check_folder(sessions, "--sessions")
         from sae_attn_plugin.explore.server import listen, need_extra, serve
 
         need_extra()
         with contextlib.closing(listen(port)) as socket:
             screen.hush()
             check_device(device)
+            check_saes(saes)
             lens = _lens(screen, model, saes, backend, device, dtype, prepend_bos)
             address = f"http://127.0.0.1:{socket.getsockname()[1]}/"
             screen.heading(plain(str(lens)))

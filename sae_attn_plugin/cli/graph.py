@@ -18,6 +18,7 @@ from sae_attn_plugin.cli.options import (
     Through,
     check_device,
     check_limits,
+    check_saes,
     parse_target,
     with_pruning,
     writable_files,
@@ -93,6 +94,7 @@ def graph(
         import torch
 
         check_device(device)
+        check_saes(saes, transcoders)
         with screen.busy(f"loading {model}"):
             loaded = sap.load_model(model, backend.value, device, getattr(torch, dtype.value))
         # A release shows bars of its own while it downloads.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend
+from sae_attn_plugin.cli.options import Backend, check_saes
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.registration import DEMO_MODEL_NAME, DEMO_RELEASE
 
@@ -35,6 +36,7 @@ _BACKENDS = {
     "transformer_bridge": "transformer_bridge",
     "nnsight": "nnsight",
 }
+_OF_DEMO = (DEMO_RELEASE, f"{DEMO_RELEASE}/transcoders")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -68,6 +70,7 @@ def lens_of(
     dtype = about.get("dtype", "float32")
     if dtype not in _DTYPES:
         raise InputError(f"the graph's dtype is {dtype!r}; known: {', '.join(_DTYPES)}")
+    named = {kind: _name(kind, about, source) for kind, source in given.items()}
     with screen.busy(f"loading {name}"):
         if name == DEMO_MODEL_NAME:
             if dtype != "float32":
@@ -88,7 +91,10 @@ def lens_of(
                     f"--model, a folder or hub name ({error})"
                 ) from error
     with screen.busy("loading SAEs"):
-        found = {kind: _dictionaries(kind, about, name, device) for kind, name in given.items()}
+        found = {
+            kind: {} if source is None else _dictionaries(kind, about, source, device, given[kind])
+            for kind, source in named.items()
+        }
     bos = about.get("prepend_bos")
     with screen.busy("checking the model"):
         return sap.FeatureLens(
@@ -100,12 +106,10 @@ def lens_of(
         )
 
 
-def _dictionaries(kind: str, about: Mapping[str, Any], given: str | None, device: str) -> Any:
-    from sae_attn_plugin.reproduction import chosen
-
-    said = about.get(kind)
-    if given is None and not said:
-        return {}
+def _name(kind: str, about: Mapping[str, Any], given: str | None) -> str | None:
+    """Where dictionaries of a kind are from; None where the graph has none."""
+    if given is None and not about.get(kind):
+        return None
     sources = about.get("sources")
     source = sources.get(kind) if isinstance(sources, Mapping) else None
     name, option = given or source, f"--{kind.replace('_', '-')}"
@@ -114,16 +118,34 @@ def _dictionaries(kind: str, about: Mapping[str, Any], given: str | None, device
             f"the graph does not say where its {kind} are from (they were given as objects, or "
             f"from several places): pass {option}, a folder or a sae_lens release"
         )
-    if name in (DEMO_RELEASE, f"{DEMO_RELEASE}/transcoders"):
+    if name not in _OF_DEMO:
+        with _told(kind, name, given):
+            check_saes(name)
+    return name
+
+
+def _dictionaries(
+    kind: str, about: Mapping[str, Any], name: str, device: str, given: str | None
+) -> Any:
+    from sae_attn_plugin.reproduction import chosen
+
+    if name in _OF_DEMO:
         found = sap.demo.load_saes() if kind == "saes" else sap.demo.load_transcoders()
     else:
-        try:
+        with _told(kind, name, given):
             found = sap.load_saes(name, device=device)
-        except (InputError, sap.FileError) as error:
-            if given is not None:
-                raise
-            raise InputError(
-                f"the graph's {kind} are from {name!r}, which cannot be loaded from here; pass "
-                f"{option}, a folder or a sae_lens release ({error})"
-            ) from error
-    return chosen(found, said)
+    return chosen(found, about.get(kind))
+
+
+@contextlib.contextmanager
+def _told(kind: str, name: str, given: str | None) -> Iterator[None]:
+    """Errors of a source that only the graph names, with what to do."""
+    try:
+        yield
+    except (InputError, sap.FileError) as error:
+        if given is not None:
+            raise
+        raise InputError(
+            f"the graph's {kind} are from {name!r}, which cannot be loaded from here; pass "
+            f"--{kind.replace('_', '-')}, a folder or a sae_lens release ({error})"
+        ) from error

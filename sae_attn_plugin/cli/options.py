@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from enum import Enum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.errors import FileError, InputError
 from sae_attn_plugin.io import check_writable
 
 if TYPE_CHECKING:
@@ -90,6 +91,24 @@ def check_files(*files: tuple[Path | None, str]) -> None:
         if path.suffix.lower() != ending:
             raise InputError(f"expected a path that ends in {ending}, got {str(path)!r}")
         check_writable(path)
+
+
+def check_folder(path: Path, option: str) -> None:
+    """That a folder to write into is one, or can be made."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise FileError(f"cannot write to {option} {path}: {there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise FileError(f"cannot write to {option} {path}: the folder {there} is read-only")
+
+
+def check_saes(*sources: str | None) -> None:
+    """That each folder or release which is given is one, before a model is loaded."""
+    from sae_attn_plugin.dictionaries import sae_folders
+
+    for source in sources:
+        if source is not None:
+            sae_folders(source)
 
 
 def check_counts(**options: int | None) -> None:

@@ -20,6 +20,8 @@ from sae_attn_plugin.cli.options import (
     HostOption,
     check_counts,
     check_device,
+    check_folder,
+    check_saes,
 )
 from sae_attn_plugin.cli.screen import Screen, session
 from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, sampled
@@ -92,6 +94,8 @@ def study(
         for path in files:
             check_writable(path)
         given = model == "demo" or data is not None or sample is not None
+        if work is not None:
+            check_folder(work, "--work")
         if name in _NEED_TEXT and not given:
             raise InputError(f"{name.value} needs text: give --data or --sample")
         screen.hush()
@@ -163,6 +167,7 @@ def load_lens(
         if model != "gpt2":
             raise InputError("give --saes, a folder with attention SAEs or a sae_lens release")
         saes = "gpt2-small-hook-z-kk"
+    check_saes(saes)
     with screen.busy(f"loading {model}"):
         host = sap.load_model(model, backend, device, getattr(torch, dtype.value))  # pyright: ignore[reportArgumentType]
     with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():

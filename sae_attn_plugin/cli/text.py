@@ -11,6 +11,7 @@ from sae_attn_plugin.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SAVED = ("state.json", "dataset_dict.json")
 DATA_HELP = (
     "Text: a .txt, .jsonl or .parquet file, a folder saved by datasets, or a data set on the hub."
 )
@@ -23,9 +24,17 @@ def check_text(data: str | None, sample: int | None) -> None:
         raise InputError("--data and --sample are two sources of text; give one")
     if sample is not None and sample < 1:
         raise InputError(f"--sample {sample}: expected at least 1")
-    endings = (".txt", ".jsonl", ".json", ".parquet")
-    if data is not None and data.endswith(endings) and not Path(data).is_file():
+    if data is None:
+        return
+    # What the reader would say too, but only when a model is loaded.
+    endings, path = (".txt", ".jsonl", ".json", ".parquet"), Path(data)
+    known = path.suffix.lower() in endings
+    if path.is_file() and not known:
+        raise InputError(f"cannot read {data}: expected a file that ends in {', '.join(endings)}")
+    if not path.exists() and (known or data.startswith((".", "/", "~"))):
         raise InputError(f"no such file: {data}")
+    if path.is_dir() and not any((path / f).is_file() for f in _SAVED):
+        raise InputError(f"cannot read {data}: it is a folder, but none saved by datasets")
 
 
 def load(name: str, backend: str, device: str, dtype: Any) -> Any:

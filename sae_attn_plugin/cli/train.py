@@ -8,7 +8,13 @@ from typing import Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, DeviceOption, HostOption, check_device
+from sae_attn_plugin.cli.options import (
+    Backend,
+    DeviceOption,
+    HostOption,
+    check_device,
+    check_folder,
+)
 from sae_attn_plugin.cli.screen import session
 from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, load, parse_layers, sampled
 from sae_attn_plugin.errors import FileError, InputError
@@ -67,8 +73,7 @@ def train(
         for name, value in (*changes.items(), ("k", k), ("checkpoint_every", checkpoint_every)):
             if value <= 0 and name != "seed":
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected more than 0")
-        if out.exists() and not out.is_dir():
-            raise FileError(f"cannot write to {out}: it is not a folder")
+        check_folder(out, "--out")
         screen.hush()
         import torch
 
