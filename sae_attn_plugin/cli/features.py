@@ -1,0 +1,170 @@
+"""``sae-attn features``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import sae_attn_plugin as sap
+from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.screen import session
+from sae_attn_plugin.cli.text import (
+    DATA_HELP,
+    DEMO,
+    SAMPLE_HELP,
+    check_text,
+    parse_layers,
+    sampled,
+)
+from sae_attn_plugin.errors import InputError
+
+
+def features(
+    model: Annotated[
+        str, typer.Option(help=f"A folder in Hugging Face format, a hub name, or {DEMO}.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the survey; the same command goes on.")],
+    saes: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder with attention-z SAEs, or a sae_lens release. Default: the demo's."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} {DEMO}: the demo's own.")] = None,
+    sample: Annotated[int | None, typer.Option(help=SAMPLE_HELP)] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows to read from --data at most. Default: all; demo: 512.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens in a row.")] = 128,
+    layers: Annotated[str, typer.Option(help="all, or numbers such as 0,2-4.")] = "all",
+    rows_at_once: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 16,
+    keep: Annotated[int, typer.Option(help="Strongest firings kept of each feature.")] = 20,
+    draw: Annotated[int, typer.Option(help="Firings drawn at random of each feature.")] = 20,
+    sources: Annotated[int, typer.Option(help="Source positions kept of each firing.")] = 16,
+    positions: Annotated[
+        int, typer.Option(help="Positions drawn, with all features active there.")
+    ] = 32768,
+    exclude_special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--exclude-special-tokens/--all-tokens",
+            help="Whether to leave out BOS and other special tokens. Default: as the SAEs say.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the work, by Ray; 0: this one alone.")
+    ] = 0,
+    shards: Annotated[
+        int | None, typer.Option(help="Parts of the work, with --workers. Default: 4 for each.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, such as auto. Default: this machine.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Forward passes between writes of the state.")
+    ] = 100,
+    fresh: Annotated[bool, typer.Option(help="Start anew instead of going on.")] = False,
+    seed: Annotated[int, typer.Option(help="Of what is drawn, and of --sample.")] = 0,
+    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.nnsight,
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+) -> None:
+    """Survey every feature of every layer over a corpus, in one pass."""
+    with session() as screen:
+        check_text(data, sample)
+        if data is None and sample is None:
+            raise InputError("give --data or --sample, the text to survey")
+        if saes is None and model != DEMO:
+            raise InputError("give --saes, the SAEs to survey")
+        least = {"rows": 1, "context": 2, "rows-at-once": 1, "keep": 1, "draw": 1, "workers": 0}
+        least |= {"sources": 1, "positions": 1, "shards": 1, "checkpoint-every": 1}
+        given = (rows, context, rows_at_once, keep, draw, workers, sources, positions, shards)
+        for (name, low), value in zip(least.items(), (*given, checkpoint_every), strict=True):
+            if value is not None and value < low:
+                raise InputError(f"--{name} {value}: expected at least {low}")
+        for name, value in (("shards", shards), ("address", address)):
+            if value is not None and not workers:
+                raise InputError(f"--{name} goes with --workers")
+        screen.hush()
+        from sae_attn_plugin.corpus.shards import LensRecipe
+
+        check_device(device)
+        where = str(sap.demo.SAES_PATH) if saes is None else saes
+        recipe = LensRecipe(model, where, backend.value, device, dtype.value)  # type: ignore[arg-type]
+        with screen.busy(f"loading {model}"):
+            lens = recipe()
+        text: Any = data
+        if sample is not None:
+            host: Any = lens.backend.model  # pyright: ignore[reportAttributeAccessIssue]
+            text = sampled(host, model, sample, context, seed, device)
+        elif data == DEMO:
+            import torch
+
+            from sae_attn_plugin.demo.language import held_out_rows
+
+            text, rows = torch.tensor(held_out_rows(rows or 512, context, seed)), None
+        known = list(lens.dictionaries)
+        sharing = {"workers": workers, "shards": shards, "address": address} if workers else {}
+        survey = sap.survey(
+            recipe if workers else lens,
+            text,
+            out,
+            layers=known if layers == "all" else parse_layers(layers, max(known) + 1),
+            rows_at_once=rows_at_once,
+            keep=keep,
+            sample=draw,
+            sources=sources,
+            positions=positions,
+            seed=seed,
+            context=None if sample is not None or data == DEMO else context,
+            limit=rows,
+            exclude_tokens=exclude_special_tokens,
+            checkpoint_every=checkpoint_every,
+            resume=not fresh,
+            **sharing,
+        )
+
+        facts = survey.facts
+        screen.heading(f"{lens}")
+        screen.lines(
+            f"{facts['rows']:,} rows of {facts['context']} tokens in {facts['forwards']:,} forward "
+            f"passes, each token once"
+        )
+        screen.heading("Features")
+        screen.table(
+            ("layer", "features", "dead", "firings", "per position", "median density"),
+            (_layer(survey, layer) for layer in survey.layers),
+        )
+        screen.heading("Heads that most features' DFA comes from")
+        for layer in survey.layers:
+            screen.lines(_heads(survey, layer))
+        screen.heading("Written")
+        screen.lines(str(out))
+        screen.heading("Next")
+        screen.lines(f'sap.load_survey("{out}").examples   # in Python')
+
+
+def _layer(survey: sap.Survey, layer: int) -> tuple[Any, ...]:
+    columns = ["fires", "density", "dead"]
+    table = survey.table("features", layer=layer, columns=columns)
+    alive = table[~table["dead"]]
+    fires = int(table["fires"].sum())
+    return (
+        layer,
+        len(table),
+        int(table["dead"].sum()),
+        fires,
+        fires / survey.facts["positions_counted"],
+        f"{float(alive['density'].median()):.2%}" if len(alive) else None,
+    )
+
+
+def _heads(survey: sap.Survey, layer: int) -> str:
+    """How many living features have each head as the largest part of their DFA."""
+    heads = survey.table("heads", layer=layer, columns=["feature", "head", "dfa_share"])
+    share: Any = heads.pivot(index="feature", columns="head", values="dfa_share").dropna()
+    counts = share.idxmax(axis=1).value_counts().head(5)
+    found = (f"{layer}.{head}: {count}" for head, count in counts.items())
+    return f"layer {layer}   " + "   ".join(found)
