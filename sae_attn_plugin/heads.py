@@ -120,6 +120,7 @@ def join(dictionaries: Sequence[Dictionary]) -> Dictionary:
         b_dec=sum((d.b_dec for d in parts[1:]), first.b_dec),
         b_in=sum(subtracted[1:], subtracted[0]) if subtracted else None,
         activation=activation,
+        active=None,
         encoder_scale=scales("encoder_scale"),
         decoder_scale=scales("decoder_scale"),
         normalisation="none",  # what single heads may have changes nothing

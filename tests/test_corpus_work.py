@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import on_host, random_saes, sae_at, tiny_gpt2, word_tokenizer
+from helpers import HOSTS, hooks_on, on_host, random_saes, sae_at, tiny_gpt2, word_tokenizer
 from test_corpus import CONTEXT, ROWS, corpus, lens_of, same_tables, small
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.backends import as_backend
+from sae_attn_plugin.backends.protocol import Site, read_sites
 from sae_attn_plugin.corpus.shards import LensRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*'eager'.*")
@@ -298,6 +300,30 @@ def test_excluded_tokens_are_not_counted(tmp_path: Path) -> None:
     counts = top.groupby(["layer", "feature"]).size()
     fires = survey.features.set_index(["layer", "feature"])["fires"]
     assert fires[fires > 0].equals(counts.astype("int64").rename("fires"))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_reading_sites_ends_the_pass_at_the_last_of_them(host: str) -> None:
+    model = tiny_gpt2()
+    hosted = on_host(model, host, word_tokenizer())
+    backend = as_backend(hosted, word_tokenizer())
+    own: Any = backend.model  # pyright: ignore[reportAttributeAccessIssue]
+    reached: list[str] = []
+    unembed = own.lm_head if host == "nnsight" else own.unembed
+    handle = unembed.register_forward_hook(lambda *_: reached.append("unembed"))
+    sites = [Site(name, layer) for layer in range(3) for name in ("z", "v", "pattern")]
+    before = hooks_on(own)
+    found = read_sites(backend, corpus(), sites)
+    assert not reached
+    assert hooks_on(own) == before
+    whole = backend.forward(corpus(), reads=sites)
+    assert len(reached) == 1
+    for site in sites:
+        assert torch.equal(found[site], whole[site])
+    assert set(found) == set(sites)
+    some = read_sites(backend, corpus(), [Site("z", 0), Site("logits")])
+    assert torch.equal(some[Site("logits")], whole[Site("logits")])
+    handle.remove()
 
 
 def test_memory_does_not_grow_with_the_corpus() -> None:

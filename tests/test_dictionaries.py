@@ -254,3 +254,35 @@ def test_head_attribution_of_a_feature_that_writes_nothing() -> None:
     table = sap.head_attribution(sae, n_heads=HEADS)
     shares = table.loc[3, [f"head_{h}" for h in range(HEADS)]]
     assert (shares == 0).all()
+
+
+def test_the_strongest_of_wide_rows_are_those_of_topk() -> None:
+    from sae_attn_plugin.dictionaries import top_of_rows
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 8192, generator=generator)
+    rows[8:16] = rows[8:16].round(decimals=1)  # ties everywhere
+    rows[16:24] = -rows[16:24].abs()
+    rows[24:32, 3000:3100] = 7.0
+    rows[32:40] = rows[32:40].sort(dim=1).values  # all in a few groups
+    for k in (1, 20, 100):
+        values, indices = top_of_rows(rows, k)
+        expected = rows.topk(k, dim=1)
+        assert torch.equal(values, expected.values)
+        assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
+
+
+def test_wide_topk_saes_fire_as_in_sae_lens() -> None:
+    model = tiny_gpt2()
+    (sae, *_) = random_saes(model, "topk", d_sae=8192, k=20)
+    dictionary = from_sae(sae, as_backend(model).geometry)
+    z = torch.randn(700, 5, 6, generator=torch.Generator().manual_seed(0))
+    encoded = dictionary.encode(z)
+    dense = torch.zeros(700, 8192)
+    dense[encoded.position, encoded.feature] = encoded.activation
+    with torch.no_grad():
+        theirs = sae.encode(z)
+    assert torch.equal(dense > 0, theirs > 0)
+    torch.testing.assert_close(dense, theirs)
+    place = encoded.position * 8192 + encoded.feature
+    assert bool((place.diff() > 0).all())

@@ -130,9 +130,20 @@ class HuggingFaceBackend:
     ) -> dict[Site, Tensor]:
         edits, reads = dict(edits or {}), set(reads)
         check_editable(edits)
+        return self._found(tokens, edits, reads, logits=True)
+
+    def read(self, tokens: Tensor, reads: Iterable[Site]) -> dict[Site, Tensor]:
+        """Sites of a forward pass that ends at the last of them; a remote pass is a whole one."""
+        reads = set(reads)
+        found = self._found(tokens, {}, reads, logits=bool(self.remote) or Site("logits") in reads)
+        return {site: found[site] for site in reads}
+
+    def _found(
+        self, tokens: Tensor, edits: dict[Site, Edit], reads: set[Site], logits: bool
+    ) -> dict[Site, Tensor]:
         wanted = reads | set(edits)
         with self._lock:
-            found = self._trace(tokens, wanted, edits, reads)
+            found = self._trace(tokens, wanted, edits, reads, logits)
         if missing := reads - set(found):
             raise BackendError(f"not found in the model: {', '.join(map(str, missing))}")
         if any(value is None for value in found.values()):
@@ -143,7 +154,12 @@ class HuggingFaceBackend:
         return found
 
     def _trace(
-        self, tokens: Tensor, wanted: set[Site], edits: dict[Site, Edit], reads: set[Site]
+        self,
+        tokens: Tensor,
+        wanted: set[Site],
+        edits: dict[Site, Edit],
+        reads: set[Site],
+        logits: bool,
     ) -> dict[Site, Tensor]:
         # Only plain data enters the trace, since a remote one is sent elsewhere.
         g, root, remote = self.geometry, self._nn, self.remote
@@ -154,8 +170,10 @@ class HuggingFaceBackend:
         results: dict[Any, Any] = {}
         options: dict[str, Any] = {"use_cache": False}
         if not remote:
-            with torch.no_grad(), root.trace(tokens, **options):
-                results.update(walk(root, row, shape, layers, read_at, edit_at, False))
+            with torch.no_grad(), root.trace(tokens, **options) as tracer:
+                results.update(walk(root, row, shape, layers, read_at, edit_at, False, logits))
+                if not logits:
+                    tracer.stop()  # pyright: ignore[reportAttributeAccessIssue]
         else:
             from nnsight import save
 

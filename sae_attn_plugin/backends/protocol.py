@@ -301,6 +301,22 @@ def check_editable(edits: Iterable[Site]) -> None:
         raise InputError(f"these sites can be read but not edited: {', '.join(refused)}")
 
 
+def read_sites(
+    backend: Backend, tokens: Int[Tensor, "batch pos"], reads: Iterable[Site]
+) -> dict[Site, Tensor]:
+    """Sites of a forward pass that goes no further than the last of them: the unembedding, which
+    may cost as much as several layers, is left out.
+
+    A backend that can do so has a method ``read(tokens, reads)``; others run a whole pass.
+    """
+    read = getattr(backend, "read", None)
+    if read is not None:
+        return read(tokens, reads)
+    reads = set(reads)
+    found = backend.forward(tokens, reads=reads)
+    return {site: found[site] for site in reads}
+
+
 def capture_sites(geometry: Geometry) -> list[Site]:
     """The sites of a full capture."""
     g = geometry

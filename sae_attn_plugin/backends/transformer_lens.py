@@ -80,6 +80,10 @@ class _Norms:
 _NORM_KINDS = {"LN": "layer", "LNPre": "layer", "RMS": "rms", "RMSPre": "rms", None: "none"}
 
 
+class _Done(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
 class TransformerLensBackend:
     """A TransformerLens model.
 
@@ -357,8 +361,19 @@ class TransformerLensBackend:
         with lock_of(self.model):
             return self._forward(tokens, edits, reads)
 
+    def read(self, tokens: Tensor, reads: Iterable[Site]) -> dict[Site, Tensor]:
+        """Sites of a forward pass that ends at the last of them."""
+        reads = set(reads)
+        with lock_of(self.model):
+            found = self._forward(tokens, None, reads, logits=Site("logits") in reads)
+        return {site: found[site] for site in reads}
+
     def _forward(
-        self, tokens: Tensor, edits: Mapping[Site, Edit] | None, reads: Iterable[Site]
+        self,
+        tokens: Tensor,
+        edits: Mapping[Site, Edit] | None,
+        reads: Iterable[Site],
+        logits: bool = True,
     ) -> dict[Site, Tensor]:
         edits = dict(edits or {})
         wanted = set(reads) | set(edits)
@@ -370,6 +385,8 @@ class TransformerLensBackend:
             if site in edits:
                 shaped = edits[site](shaped)
             found[site] = shaped
+            if not logits and len(found) == len(wanted):
+                raise _Done
             return shaped.reshape(value.shape) if site in edits else None
 
         hooks, handles = [], []
@@ -389,16 +406,17 @@ class TransformerLensBackend:
             with torch.no_grad():
                 # Without a mask, a tokenizer that pads on the left makes TransformerLens guess one
                 # from the tokens, and hide those that look like padding.
-                logits = self.model.run_with_hooks(
+                found[Site("logits")] = self.model.run_with_hooks(
                     tokens,
                     return_type="logits",
                     attention_mask=torch.ones_like(tokens),
                     fwd_hooks=hooks,
                 )
+        except _Done:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        found[Site("logits")] = logits
         if missing := wanted - set(found):
             raise BackendError(
                 f"{self.geometry.model_name} on {self.host}: these sites were never reached, "

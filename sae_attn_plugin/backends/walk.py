@@ -45,13 +45,14 @@ def walk(
     reads: set[tuple[str, int]],
     edits: dict[tuple[str, int], Any],
     elsewhere: bool,
+    logits: bool = True,
 ) -> dict[tuple[str, int], Tensor]:
     """Visit sites in the order of execution, edit some, and return the values of others.
 
     Args:
         root: the model's envoy; row: the architecture's paths and layout.
         shape: ``(n_heads, n_kv, d_head)``; layers: those to visit.
-        reads, edits: by ``(name, layer)``; the logits are always read.
+        reads, edits: by ``(name, layer)``.
         elsewhere: the trace runs on another machine, whose model is as its owner loaded it: for
             this forward pass switch it to eager attention, since other kinds return no attention
             weights, and gradients off.
@@ -132,7 +133,8 @@ def walk(
                 plain("mlp_out", layer, mlp, "output")
         plain("resid_final", -1, submodule(root, row["final_norm"]), "input")
         plain("unembed_in", -1, submodule(root, row["final_norm"]), "output")
-        found[("logits", -1)] = root.output.logits
+        if logits:
+            found[("logits", -1)] = root.output.logits
     finally:
         if elsewhere:
             config._attn_implementation = before

@@ -149,7 +149,7 @@ def features(
 def _layer(survey: sap.Survey, layer: int) -> tuple[Any, ...]:
     columns = ["fires", "density", "dead"]
     table = survey.table("features", layer=layer, columns=columns)
-    alive = table[~table["dead"]]
+    alive: Any = table[~table["dead"]]
     fires = int(table["fires"].sum())
     return (
         layer,

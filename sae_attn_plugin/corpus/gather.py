@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import algebra_dtype
-from sae_attn_plugin.backends.protocol import Backend, Site, repeat_kv
+from sae_attn_plugin.backends.protocol import Backend, Site, read_sites, repeat_kv
 from sae_attn_plugin.corpus.sketches import (
     ROLES,
     Sketch,
@@ -107,13 +107,13 @@ class Gatherer:
             self._add(sketch, tokens.to(self.device), first_row)
 
     def _add(self, sketch: Sketch, tokens: Int[Tensor, "row pos"], first_row: int) -> None:
-        found = self.backend.forward(tokens, reads=self.reads)
+        found = read_sites(self.backend, tokens, self.reads)
         batch = self._batch(sketch, tokens, first_row)
         for number, layer in self.layers.items():
             z, v, pattern = (
                 found[Site(name, number)].to(self.device) for name in ("z", "v", "pattern")
             )
-            for name, value in (("z", z), ("v", v), ("pattern", pattern)):
+            for name, value in (("v", v), ("z", z)):
                 if not bool(torch.isfinite(value).all()):
                     raise InputError(
                         f"{self.backend.geometry.model_name}: {name} of layer {number} holds NaN "
