@@ -436,10 +436,22 @@ class _Sweep:
             order: as of the writers; it falls from row to row.
             own: ``[2, target]``: constant and value.
         """
-        total = _abs_sums(blocks, len(nodes))
+        strengths = self.absolute(blocks)
+        total = torch.zeros(len(nodes), dtype=torch.float64, device=self.influence.device)
+        for block, strength in zip(blocks, strengths, strict=True):
+            total[block.begin :] += strength.sum(0)
         at = torch.from_numpy(nodes).to(self.influence.device)
-        _push(self.influence, blocks, total, self.influence[at] + self.start[at])
+        _push(self.influence, blocks, strengths, total, self.influence[at] + self.start[at])
         self.rows.add(nodes, order, blocks, total, own)
+
+    def absolute(self, blocks: Sequence[_Dense]) -> list[Tensor]:
+        """The absolute values of edges, ``[column, target]`` each; overwritten by the next ones."""
+        sizes = [block.weight.numel() for block in blocks]
+        parts = self.scratch.get("absolute", sum(sizes)).split(sizes)
+        return [
+            torch.abs(block.weight, out=part.view(block.weight.shape))
+            for block, part in zip(blocks, parts, strict=True)
+        ]
 
     def add(self, added: Tensor | None, depth: int) -> None:
         """Add to the gradient what readers of a depth read."""
@@ -735,22 +747,18 @@ def _select(
     return np.sort(pending[best[best < len(rows)]])
 
 
-def _abs_sums(blocks: Sequence[_Dense], n_targets: int) -> Tensor:
-    """Sum of the absolute values of each target's edges, ``[target]``."""
-    sums = torch.zeros(n_targets, dtype=torch.float64, device=blocks[0].weight.device)
-    for block in blocks:
-        sums[block.begin :] += block.weight.abs().sum(0)
-    return sums
-
-
 def _push(
-    influence: Tensor, blocks: Sequence[_Dense], total: Tensor, target_influence: Tensor
+    influence: Tensor,
+    blocks: Sequence[_Dense],
+    strengths: Sequence[Tensor],
+    total: Tensor,
+    target_influence: Tensor,
 ) -> None:
     """Hand each target's influence to its sources, in proportion to |edge|."""
     factor = torch.where(total > 0, target_influence / total, 0).to(blocks[0].weight.dtype)
-    for block in blocks:
+    for block, strength in zip(blocks, strengths, strict=True):
         columns = torch.from_numpy(block.columns).to(influence.device)
-        influence.index_add_(0, columns, (block.weight.abs() @ factor[block.begin :]).double())
+        influence.index_add_(0, columns, (strength @ factor[block.begin :]).double())
 
 
 def _expand_attention(
