@@ -19,15 +19,16 @@ def draw(rows: Sequence[Any], path: Path) -> None:
     for axes, part in zip(figure.subplots(2, 2).flat, parts, strict=False):
         own = [row for row in rows if row.part == part]
         sizes = [int(row.what.replace(",", "")) for row in own]
-        axes.plot(sizes, [row.seconds for row in own], "o-", label="time (s)")
-        axes.plot(sizes, [row.forwards for row in own], "s--", label="forward passes")
-        axes.plot(sizes, [row.peak_mib / 1024 for row in own], "^:", label="peak memory (GiB)")
+        axes.plot(sizes, [row.forwards for row in own], "o-", label="plain forward passes")
+        axes.plot(sizes, [row.seconds for row in own], "s--", label="seconds")
+        axes.plot(sizes, [row.peak_mib / 1024 for row in own], "^:", label="peak memory, GiB")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_title(part.removeprefix("curve: "))
+        axes.set_xlabel(part.removeprefix("curve: "))
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.axes[0].legend()
+    figure.suptitle("What run.attribute costs, by the size of the problem")
     figure.savefig(path, dpi=110)
