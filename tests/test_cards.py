@@ -54,7 +54,7 @@ def features(site: Site) -> dict[tuple[int, int], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_survey(tmp_path_factory.mktemp("surveys") / "made", layers=(0, 2))
+    return made_survey(tmp_path_factory.mktemp("surveys") / "made", layers=(0, 2), d_sae=30)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_examples_are_the_tables(site: Site, tables: Tables) -> None:
     n = 0
     for (layer, feature), one in features(site).items():
         kept = _of(tables["examples"], layer, feature)
-        places = kept.set_index(["kind", "row", "position"])
+        places = {(e["kind"], e["row"], e["position"]): e for e in kept.to_dict("records")}
         top = kept[kept["kind"] == "top"].sort_values("rank")
         found = [(e["row"], e["position"]) for e in one["top"]]
         assert found == list(zip(top["row"], top["position"], strict=True))[:4]
@@ -154,7 +154,7 @@ def test_examples_are_the_tables(site: Site, tables: Tables) -> None:
             assert close(activations, drawn["activation"].to_numpy()[[0, 2, 3, 5]])
         for kind in ("top", "sample"):
             for e in one[kind]:
-                row = places.loc[[(kind, e["row"], e["position"])]].iloc[0]
+                row = places[kind, e["row"], e["position"]]
                 for name in ("activation", "pre_activation", "dfa_abs", "dfa_rest", "active"):
                     assert close(e[name], row[name])
                 assert e["sources"] == row["sources"].tolist()
@@ -172,7 +172,7 @@ def test_examples_are_the_tables(site: Site, tables: Tables) -> None:
                 expected = {p for p in others["position"] if p in shown}
                 assert {p for p, _ in e["others"]} == expected
                 n += 1
-    assert n > 300
+    assert n > 250
 
 
 def test_profiles_are_over_the_uniform_sample(site: Site, tables: Tables, survey: Path) -> None:
@@ -285,7 +285,7 @@ def test_chosen_features(survey: Path, tmp_path: Path, tables: Tables) -> None:
     sap.cards(survey, tmp_path / "all", layers=[2], features="all", progress=False)
     site = read(tmp_path / "all")
     found = features(site)
-    assert sorted(found) == [(2, feature) for feature in range(40)]
+    assert sorted(found) == [(2, feature) for feature in range(30)]
     assert [head["layer"] for head in site["site"]["heads"]] == [2] * 4
     for feature in dead:
         one = found[2, feature]

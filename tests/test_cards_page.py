@@ -410,11 +410,11 @@ def test_head(show: Open, survey: Path) -> None:
 
 
 def test_token_text_is_inert(show: Open, tmp_path: Path) -> None:
-    survey = made_survey(tmp_path / "survey", vocabulary=["x"] * len(STRINGS), d_sae=14, dead=0)
+    survey = made_survey(tmp_path / "survey", vocabulary=["x"] * len(STRINGS), d_sae=8, dead=0)
     features = table(survey, "features")
     features["neuronpedia"] = "javascript:window.hacked=1"
     features.to_parquet(survey / "features.parquet")
-    labels = {(layer, f): HOSTILE[f % len(HOSTILE)] for layer in (0, 1) for f in range(14)}
+    labels = {(layer, f): HOSTILE[8 * layer + f - layer] for layer in (0, 1) for f in range(8)}
     start = sap.cards(
         survey, tmp_path / "site", tokenizer=Strings(STRINGS), labels=labels,
         title="</title><script>window.hacked=1</script>\u202e", progress=False,
@@ -428,7 +428,7 @@ def test_token_text_is_inert(show: Open, tmp_path: Path) -> None:
     texts = table(survey, "rows").set_index("row")["tokens"]
     seen = set()
     for layer in (0, 1):
-        for feature in range(14):
+        for feature in range(8):
             page.evaluate(f"location.hash = '#{layer}/{feature}'")
             ready(page, f"#{layer}/{feature}")
             assert page.get_by_role("link", name="Neuronpedia").count() == 0

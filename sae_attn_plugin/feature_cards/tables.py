@@ -113,7 +113,9 @@ def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 
     def read() -> Iterator[pa.RecordBatch]:
         for parquet in opened:
-            yield from parquet.iter_batches(batch_size=_BATCH, columns=columns)
+            for group in range(parquet.num_row_groups):
+                # one iterator for all would keep the read buffers of each
+                yield from parquet.iter_batches(_BATCH, row_groups=[group], columns=columns)
 
     return read()
 
