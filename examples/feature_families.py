@@ -16,19 +16,19 @@ import sae_attn_plugin as sap
 from sae_attn_plugin.demo.language import held_out_rows
 
 lens = sap.demo.load()  # the line to change for GPT-2
-text = torch.tensor(held_out_rows(128, 64, seed=0))
-survey = sap.survey(lens, text, f"{tempfile.mkdtemp()}/survey", sample=40)
+text = torch.tensor(held_out_rows(96, 48, seed=0))
+survey = sap.survey(lens, text, f"{tempfile.mkdtemp()}/survey", sample=40, progress=False)
 
 # %% Which features belong to which families, by tests on a random sample of their firings
 families = sap.studies.families(survey)
 print(families.table.pivot(index="family", columns="layer", values="share").round(3))
 members = families.tables["members"]
-induction = members[members["family"] == "induction"]
-print(induction[["layer", "feature", "n", "score", "baseline", "token", "prefix", "next"]].head(8))
+induction = members.query("family == 'induction'")
+print(induction[["layer", "feature", "score", "baseline", "token", "prefix", "next"]].head(8))
 
 # %% Where a criterion fails: firings of members that do not meet it, in context
 wrong = families.tables["false_positives"]
-print(wrong[["layer", "family", "feature", "before", "next", "source_token"]].head(6))
+print(wrong[["family", "feature", "before", "next", "source_token"]].head(6).to_string())
 
 # %% What the strongest firings alone would have said
 print(families.tables["strongest"])
@@ -37,7 +37,8 @@ print(families.tables["strongest"])
 heads = sap.studies.heads(survey, lens=lens, families=families)
 columns = ["layer", "head", "dfa_share", "agreement", "overlap", "score_dfa", "families"]
 print(heads.table[columns].round(2).to_string())
-print(heads.tables["features"].query("layer == 0 and head == 7 and by == 'dfa'"))
+mine = heads.tables["features"].query("layer == 0 and head == 7 and by == 'dfa'")
+print(mine[["feature", "dfa_share", "decoder_share", "fires", "promotes"]].to_string())
 
 # %% How much does "monosemantic" depend on where the line is drawn?
 print(heads.tables["sensitivity"].pivot(index=["by", "top"], columns="threshold", values="share"))
@@ -45,6 +46,8 @@ heads.plot().savefig("heads.png")
 families.plot().savefig("families.png")
 
 # %% Are the tests right? Features of known families, planted among decoys
-planted = sap.demo.families.plant(seed=0, noise=0.5, rows=48)
-known = sap.survey(planted.lens(), planted.rows, f"{tempfile.mkdtemp()}/planted", sample=40)
+planted = sap.demo.families.plant(seed=0, noise=0.5, rows=32)
+known = sap.survey(
+    planted.lens(), planted.rows, f"{tempfile.mkdtemp()}/planted", sample=40, progress=False
+)
 print(sap.demo.families.compare(planted, sap.studies.families(known)))
