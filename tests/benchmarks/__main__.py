@@ -377,34 +377,33 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     _CLOCK[0] = time.process_time if options.cpu else time.perf_counter
     wanted, began = options.parts or parts, time.perf_counter()
+    calls: dict[str, Callable[[], list[Row]]] = {
+        "stages": lambda: stages(options.tokens, options.rounds),
+        "autograd": lambda: against_autograd(options.rounds),
+        "dfa": lambda: against_dfa(4 * options.rounds),
+        "curves": lambda: curves(options.rounds, options.tokens),
+        "bounds": bounds,
+        "loading": loading,
+        "prompts": lambda: prompts(options.prompts),
+    }
+    machine = {
+        "processor": _processor(),
+        "threads": options.threads,
+        "clock": "cpu" if options.cpu else "wall",
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+    }
     rows: list[Row] = []
-    with torch.no_grad():
-        if "stages" in wanted:
-            rows += stages(options.tokens, options.rounds)
-        if "autograd" in wanted:
-            rows += against_autograd(options.rounds)
-        if "dfa" in wanted:
-            rows += against_dfa(4 * options.rounds)
-        if "curves" in wanted:
-            rows += curves(options.rounds, options.tokens)
-        if "bounds" in wanted:
-            rows += bounds()
-        if "loading" in wanted:
-            rows += loading()
-        if "prompts" in wanted:
-            rows += prompts(options.prompts)
-    show(rows)
-    seconds = time.perf_counter() - began
-    Console().print(f"{_processor()}, {options.threads} threads, {seconds:.0f} s in all")
-    if options.json:
-        machine = {
-            "processor": _processor(),
-            "threads": options.threads,
-            "clock": "cpu" if options.cpu else "wall",
-        }
-        machine |= {"torch": torch.__version__, "load": os.getloadavg()[0]}
-        document = {"machine": machine, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    for part in (name for name in calls if name in wanted):
+        with torch.no_grad():
+            found = calls[part]()
+        show(found)
+        rows += found
+        if options.json:  # what is there already, should a later part fail
+            document = {"machine": machine, "rows": [asdict(row) for row in rows]}
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+        seconds = time.perf_counter() - began
+        Console().print(f"{_processor()}, {options.threads} threads, {seconds:.0f} s so far")
     if options.plot:
         from .plot import draw
 
