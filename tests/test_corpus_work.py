@@ -231,6 +231,29 @@ def test_wrong_input_is_one_clear_error(
     assert not (tmp_path / "s" / "survey.json").exists()
 
 
+def test_the_command_surveys_and_goes_on(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from sae_attn_plugin.cli import app
+
+    out = tmp_path / "s"
+    command = ["features", "--model", "sae-attn-demo", "--data", "sae-attn-demo", "--rows", "6"]
+    command += ["--context", "16", "--layers", "1", "--keep", "2", "--out", str(out)]
+    first = CliRunner().invoke(app, [*command, "--site", str(tmp_path / "site")])
+    assert first.exit_code == 0, first.output
+    survey = sap.load_survey(out)
+    assert survey.layers == [1]
+    assert f"{int(survey.features['fires'].sum())}" in first.output
+    assert (tmp_path / "site" / "index.html").is_file()
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.output
+    other = CliRunner().invoke(app, [*command, "--draw", "7"])
+    assert other.exit_code == 2
+    assert "sample is 20 there and 7 here" in other.output
+    wrong = CliRunner().invoke(app, [*command, "--shards", "7"])
+    assert "--shards goes with --workers" in wrong.output
+
+
 def test_saes_that_do_not_read_z_are_refused(tmp_path: Path) -> None:
     with pytest.raises(sap.UnsupportedError, match="on hook_attn_out"):
         small(attn_out_lens(), corpus(), tmp_path / "s")

@@ -9,7 +9,7 @@ import typer
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import Backend, Dtype, check_device
-from sae_attn_plugin.cli.screen import session
+from sae_attn_plugin.cli.screen import plain, session
 from sae_attn_plugin.cli.text import (
     DATA_HELP,
     DEMO,
@@ -61,6 +61,9 @@ def features(
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster, such as auto. Default: this machine.")
+    ] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="Folder for a static site of feature and head cards.")
     ] = None,
     checkpoint_every: Annotated[
         int, typer.Option(help="Forward passes between writes of the state.")
@@ -126,6 +129,8 @@ def features(
             **sharing,
         )
 
+        page = None if site is None else survey.cards(site, progress=screen.live)
+
         facts = survey.facts
         screen.heading(f"{lens}")
         screen.lines(
@@ -141,9 +146,14 @@ def features(
         for layer in survey.layers:
             screen.lines(_heads(survey, layer))
         screen.heading("Written")
-        screen.lines(str(out))
+        screen.lines(plain(str(out)))
+        if page is not None:
+            screen.lines(plain(str(page)))
         screen.heading("Next")
-        screen.lines(f'sap.load_survey("{out}").examples   # in Python')
+        screen.lines(
+            f"sae-attn heads {plain(str(out))}",
+            f"sae-attn cards {plain(str(out))} --out SITE",
+        )
 
 
 def _layer(survey: sap.Survey, layer: int) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from sae_attn_plugin.attribution.dfa import attribution_by_source
 from sae_attn_plugin.attribution.frozen import freeze
 from sae_attn_plugin.attribution.writers import write_table
 
-from . import rivals, shape
+from . import corpus, rivals, shape
 from .bounds import skippable
 from .measure import (
     LARGE_PRODUCT_FLOP,
@@ -337,6 +337,19 @@ def prompts(number: int = 1000) -> list[Row]:
     seconds = time.perf_counter() - start
     note = f"{1e3 * seconds / number:.1f} ms each, {edges / number:,.0f} edges on average"
     return [Row("prompts", f"{number:,} IOI graphs, demo model", length, seconds, note=note)]
+
+
+def surveys(rounds: int) -> list[Row]:
+    """One batch of a corpus through a survey, and the memory of surveys of two lengths."""
+    seconds, notes = corpus.time_of_batches(rounds, _CLOCK[0])
+    rows = [
+        Row("corpus", name, corpus.TOKENS, value, value / seconds["forward"], None, notes[name])
+        for name, value in seconds.items()
+    ]
+    for tokens, (spent, peak) in corpus.peak_of_lengths().items():
+        what = "whole process, small reservoirs"
+        rows.append(Row("corpus: memory", what, tokens, spent, None, peak))
+    return rows
 
 
 def show(rows: list[Row]) -> None:
