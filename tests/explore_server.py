@@ -59,8 +59,10 @@ class Client:
         status, job, _ = self.send("POST", "/api/jobs", {**question, "kind": kind})
         if status != 202:
             return {"state": "refused", "status": status, **job}
+        pause = 0.01
         while job["state"] in ("queued", "running"):
-            time.sleep(0.02)
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.25)  # fifty who ask all the time keep the server busy
             _, job, _ = self.send("GET", f"/api/jobs/{job['id']}")
         self.send("DELETE", f"/api/jobs/{job['id']}")
         return job

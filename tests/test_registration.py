@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -22,23 +23,54 @@ def in_new_process(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import sae_attn_plugin; sae_attn_plugin.releases(); sae_attn_plugin.register()",
-        "from sae_attn_plugin.saes import AttentionSAE",
-    ],
-)
-def test_registers_whatever_comes_first(imports: str) -> None:
-    code = f"""
-{imports}
+# What sae_lens imports takes most of the time of each process: here once, and then a fork for each.
+_FORKS = """
+import json, os, sys
+import datasets, torch, transformer_lens, transformers
+assert not [name for name in sys.modules if name.partition(".")[0] in ("sae_lens", PLUGIN)]
+for code in json.loads(sys.stdin.read()):
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        try:
+            exec(code, {"__name__": "__main__"})
+            print()
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, code
+    print(END)
+""".replace("PLUGIN", repr("sae_attn_plugin"))
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """The last line that each program prints which meets sae_lens for the first time."""
+    end = "-- end of a program --"
+    script = f"END = {end!r}\n{_FORKS}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], input=json.dumps(list(PROGRAMS.values())),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split(end)[: len(PROGRAMS)]
+    return {name: text.strip().splitlines()[-1] for name, text in zip(PROGRAMS, said, strict=True)}
+
+
+REGISTERS = """
 from sae_lens import TrainingSAE, registry
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory as directory
-print(sorted(directory()["{DEMO_RELEASE}"].saes_map), len(registry.SAE_TRAINING_CLASS_REGISTRY))
+print(sorted(directory()["sae-attn-demo"].saes_map), len(registry.SAE_TRAINING_CLASS_REGISTRY))
 """
+
+
+@pytest.mark.parametrize("first", ["package first", "saes first"])
+def test_registers_whatever_comes_first(printed: dict[str, str], first: str) -> None:
     expected = [f"blocks.{layer}.attn.hook_z" for layer in range(4)]
     n_training = len(SAE_TRAINING_CLASS_REGISTRY)
-    assert in_new_process(code).strip().splitlines()[-1] == f"{expected} {n_training}"
+    assert printed[first] == f"{expected} {n_training}"
 
 
 # Everything of sae_lens, and objects built before, against the same after the import.
@@ -106,8 +138,15 @@ print([sorted(set(new) - set(old)) for old, new in zip(old_tables, tables)])
 """
 
 
-def test_importing_changes_nothing_for_code_that_does_not_use_it() -> None:
-    added = in_new_process(UNCHANGED).strip().splitlines()[-1]
+PROGRAMS = {
+    "package first": "import sae_attn_plugin as s; s.releases(); s.register()" + REGISTERS,
+    "saes first": "from sae_attn_plugin.saes import AttentionSAE" + REGISTERS,
+    "unchanged": UNCHANGED,
+}
+
+
+def test_importing_changes_nothing_for_code_that_does_not_use_it(printed: dict[str, str]) -> None:
+    added = printed["unchanged"]
     training = [f"sae_attn_{name}" for name in sorted(sap.saes.ARCHITECTURES)]
     releases = sorted(pretrained.added(get_pretrained_saes_directory()))
     again = [name for name in get_pretrained_saes_directory() if name.endswith("-hook-z")]
