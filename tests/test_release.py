@@ -100,7 +100,6 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 # What sae_lens leaves untyped, and what is not parametrised yet.
 UNTYPED = {
-    "sae_attn_plugin.attribution.table.Attribution.to_networkx",
     "sae_attn_plugin.saes.AttentionTrainingSAEConfig.metadata",
     "sae_attn_plugin.training.RunnerConfig",
     "sae_attn_plugin.training.train",

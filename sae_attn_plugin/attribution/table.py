@@ -337,7 +337,7 @@ class Attribution:
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def to_networkx(self, by: Literal["head"] | None = None) -> nx.DiGraph:
+    def to_networkx(self, by: Literal["head"] | None = None) -> nx.DiGraph[Any]:
         """A ``networkx`` graph: node ids as nodes, the tables' columns as attributes.
 
         Args:
