@@ -43,7 +43,9 @@ class Cursor:
     ) -> None:
         import pyarrow as pa
 
-        self.path, self.columns, self._where = path, list(columns), where
+        self.path: Path = path
+        self.columns: list[str] = list(columns)
+        self._where = where
         needed = ["layer", "feature", *columns, *([where[0]] if where else [])]
         try:
             self._batches = _batches(path, needed)
