@@ -73,19 +73,24 @@ class Gatherer:
         seed: int = 0,
         excluded: Sequence[int] = (),
     ) -> None:
-        self.backend, self.context, self.sources, self.seed = backend, context, sources, seed
-        self.device = backend.geometry.device
-        self.dtype = algebra_dtype(backend.geometry.dtype)
-        self.excluded = torch.tensor(list(excluded), dtype=torch.int64, device=self.device)
-        self.layers = {n: self._layer(n, d) for n, d in dictionaries.items()}
-        self.reads = [Site(name, n) for n in dictionaries for name in ("z", "v", "pattern")]
+        self.backend: Backend = backend
+        self.context: int = context
+        self.sources: int = sources
+        self.seed: int = seed
+        self.device: torch.device = backend.geometry.device
+        self.dtype: torch.dtype = algebra_dtype(backend.geometry.dtype)
+        self.excluded: Tensor = torch.tensor(list(excluded), dtype=torch.int64, device=self.device)
+        self.layers: dict[int, _Layer] = {n: self._layer(n, d) for n, d in dictionaries.items()}
+        self.reads: list[Site] = [
+            Site(name, n) for n in dictionaries for name in ("z", "v", "pattern")
+        ]
         at = np.arange(context)
         distance = (at[:, None] - at).clip(0)
         bins = bin_of(distance_edges(context), context)[distance]
-        self.distance_bins = torch.from_numpy(bins).to(self.device)
-        self.n_distances = len(distance_edges(context))
-        self.position_bins = torch.from_numpy(bin_of(position_edges(context), context))
-        self.n_position_bins = len(position_edges(context))
+        self.distance_bins: Tensor = torch.from_numpy(bins).to(self.device)
+        self.n_distances: int = len(distance_edges(context))
+        self.position_bins: Tensor = torch.from_numpy(bin_of(position_edges(context), context))
+        self.n_position_bins: int = len(position_edges(context))
 
     def _layer(self, number: int, dictionary: Dictionary) -> _Layer:
         every = torch.arange(dictionary.d_sae, device=dictionary.W_enc.device)

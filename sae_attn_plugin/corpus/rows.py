@@ -157,7 +157,9 @@ class Rounds:
     def __init__(self, rows: Int[Tensor, "row context"], rows_at_once: int, seed: int = 0) -> None:
         if rows.ndim != 2 or not len(rows):
             raise InputError(f"expected rows [row, context], got shape {tuple(rows.shape)}")
-        self.rows, self.rows_at_once, self.seed = rows, rows_at_once, seed
+        self.rows: Tensor = rows
+        self.rows_at_once: int = rows_at_once
+        self.seed: int = seed
 
     def __call__(self, round_: int) -> Int[Tensor, "rows_at_once context"]:
         n = len(self.rows)
@@ -180,7 +182,8 @@ class StreamedRounds:
     def __init__(
         self, stream: Callable[[], Iterable[Int[Tensor, " context"]]], rows_at_once: int
     ) -> None:
-        self._stream, self.rows_at_once = stream, rows_at_once
+        self._stream = stream
+        self.rows_at_once: int = rows_at_once
         self._restart()
 
     def _restart(self) -> None:

@@ -421,8 +421,9 @@ class PositionSample:
     """
 
     def __init__(self, k: int, seed: int) -> None:
-        self.k, self.seed = k, seed
-        self.limit = _LAST  # no hash above it can be among the smallest
+        self.k: int = k
+        self.seed: int = seed
+        self.limit: int = _LAST  # no hash above it can be among the smallest
         self.place: Tensor = torch.zeros(0, dtype=torch.int64)
         self.entries: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._new: list[Tensor] = []

@@ -560,9 +560,11 @@ class Spool:
     """The tokens that went by, in a file: examples refer to some of them in the end."""
 
     def __init__(self, path: Path, context: int, first_row: int = 0) -> None:
-        self.path, self.context, self.first_row = path, context, first_row
-        self.n_rows = 0
-        self.digest = hashlib.sha256().hexdigest()  # of all rows so far
+        self.path: Path = path
+        self.context: int = context
+        self.first_row: int = first_row
+        self.n_rows: int = 0
+        self.digest: str = hashlib.sha256().hexdigest()  # of all rows so far
         self._hash = hashlib.sha256()
 
     def start(self, n_rows: int = 0, digest: str | None = None) -> None:
@@ -618,8 +620,9 @@ class Work:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.root, self.settings = folder, json.loads(json.dumps(settings))
-        self.folder = folder / _UNFINISHED
+        self.root: Path = folder
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.folder: Path = folder / _UNFINISHED
         self.finished: Survey | None = None
         if folder.exists() and not folder.is_dir():
             raise FileError(f"cannot write to {folder}: it is not a folder")
