@@ -54,10 +54,11 @@ def test_a_stopped_survey_goes_on(tmp_path: Path, batches: int, monkeypatch: Any
     with pytest.raises(sap.FileError, match="not finished"):
         sap.load_survey(tmp_path / "s")
     passed = []
-    forward = lens.backend.forward
+    backend: Any = lens.backend
+    forward = backend.read
     monkeypatch.setattr(
         lens.backend,
-        "forward",
+        "read",
         lambda tokens, *a, **k: passed.append(len(tokens)) or forward(tokens, *a, **k),
     )
     again = small(lens, corpus(), tmp_path / "s", checkpoint_every=2)
@@ -75,13 +76,13 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_corpus import corpus, lens_of, small
 lens = lens_of("gpt2")
-forward, calls = lens.backend.forward, []
+forward, calls = lens.backend.read, []
 def dying(tokens, *args, **options):
     calls.append(1)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return forward(tokens, *args, **options)
-lens.backend.forward = dying
+lens.backend.read = dying
 small(lens, corpus(), {str(tmp_path / "s")!r}, checkpoint_every=1)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -93,7 +94,7 @@ small(lens, corpus(), {str(tmp_path / "s")!r}, checkpoint_every=1)
 def test_a_finished_survey_is_not_made_again(tmp_path: Path, monkeypatch: Any) -> None:
     lens = lens_of("gpt2")
     one = small(lens, corpus(), tmp_path / "s")
-    monkeypatch.setattr(lens.backend, "forward", None)
+    monkeypatch.setattr(lens.backend, "read", None)
     again = small(lens, corpus(), tmp_path / "s")
     same_tables(one, again, rtol=0)
     assert sap.load_survey(tmp_path / "s").facts == one.facts
@@ -118,7 +119,8 @@ def test_two_workers_of_which_one_is_killed_give_the_same_tables(
 
     def dying() -> sap.FeatureLens:
         lens = lens_of("gpt2")
-        forward, calls = lens.backend.forward, []
+        backend: Any = lens.backend
+        forward, calls = backend.read, []
 
         def wrapped(tokens: Any, *args: Any, **options: Any) -> Any:
             calls.append(1)
@@ -128,7 +130,7 @@ def test_two_workers_of_which_one_is_killed_give_the_same_tables(
             return forward(tokens, *args, **options)
 
         if os.getpid() != driver:
-            lens.backend.forward = wrapped  # type: ignore[method-assign]
+            backend.read = wrapped
         return lens
 
     driver = os.getpid()
