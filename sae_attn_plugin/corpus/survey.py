@@ -287,6 +287,7 @@ def survey(
     plan = plan.of(corpus.context)
     work = Work(Path(folder), plan.settings, resume)
     if work.finished is not None:
+        work.check_data(corpus.rows())
         return work.finished
     work.check_kind(bool(workers))
     if make_lens is not None and workers:
@@ -603,8 +604,21 @@ class Spool:
 
     def read(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n position"]:
         """The tokens of rows, by their numbers in the corpus."""
-        held = np.memmap(self.path, np.int32, "r", shape=(self.n_rows, self.context))
-        return np.asarray(held[rows - self.first_row])
+        return np.asarray(self._held()[rows - self.first_row])
+
+    def contents(self) -> memoryview:
+        """All tokens."""
+        return self._held().data.cast("B")
+
+    def _held(self) -> np.memmap:
+        return np.memmap(self.path, np.int32, "r", shape=(self.n_rows, self.context))
+
+
+def _digest(parts: Iterable[bytes | memoryview]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def _bytes(tokens: Tensor) -> bytes:
@@ -660,6 +674,21 @@ class Work:
                 f"{self.root} {what} of other settings: {name} is {found.get(name)!r} there and "
                 f"{self.settings[name]!r} here; give the same, another folder, or resume=False to "
                 "start anew"
+            )
+
+    def check_data(self, rows: Iterator[Tensor]) -> None:
+        """Refuse rows that are not those of the finished survey.
+
+        Raises:
+            FileError: other rows, or more or fewer of them.
+        """
+        assert self.finished is not None
+        facts = self.finished.facts
+        if _digest(map(_bytes, rows)) != facts["data"]:
+            raise FileError(
+                f"{self.root} holds a survey of other data: {facts['rows']} rows that are not "
+                "those given now; open it with load_survey, or give the same data, another folder, "
+                "or resume=False to start anew"
             )
 
     def check_kind(self, sharded: bool) -> None:
@@ -826,7 +855,7 @@ def finish(
         "positions_counted": counted,
         "positions_by_bin": sketch.positions_by_bin.tolist(),
         "drawn_positions": len(sketch.drawn.place),
-        "data": [spool.digest for spool in spools],
+        "data": _digest(spool.contents() for spool in spools),
         "layers": list(sketch.layers),
         "n_heads": plan.shape.n_heads,
         "d_sae": {str(n): d.d_sae for n, d in plan.dictionaries.items()},
