@@ -96,7 +96,7 @@ def attribution() -> sap.Attribution:
     model = tiny_gpt2()
     run = sap.FeatureLens(model, random_saes(model, d_sae=12)).run([[3, 1, 4, 1, 5, 9]])
     features = run.features(layer=2)
-    last = features[features["position"] == 5]["feature"]
+    last: Any = features[features["position"] == 5]["feature"]
     whole = run.attribute([sap.Logit(7), sap.Feature(2, int(last.iloc[0]), -1)])
     return whole.prune(max_nodes=40)
 

@@ -78,7 +78,7 @@ def run_of(make: Any = tiny_llama, dtype: torch.dtype = torch.float32, length: i
 def test_the_count_counts() -> None:
     def call() -> Any:
         for _ in range(200):
-            torch.zeros(10) + 1
+            torch.zeros(10).add_(1)
         tensor = torch.zeros(1000, 1000)
         array = np.zeros(500_000)
         tensor.sum()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sae_attn_plugin as sap
 from sae_attn_plugin.attribution.dfa import attribution_by_source
 from sae_attn_plugin.attribution.rdfa import sweep
-from sae_attn_plugin.attribution.writers import write_table
+from sae_attn_plugin.attribution.writers import LeanVectors, write_table
 
 F64 = torch.float64
 TOKENS = [3, 57, 7, 19, 7, 13, 2]
@@ -31,6 +31,7 @@ def test_shared_rows_are_the_same_writers(make: Any) -> None:
     run = run_of(make, tokens=[3, 5] * 8)
     dense, shared = write_table(run.frozen), write_table(run.frozen, dense_bytes=0)
     assert dense.vectors.row is None
+    assert not isinstance(shared.vectors, LeanVectors)
     assert len(shared.vectors.rows) < len(dense)
     assert shared.vectors.shape == dense.vectors.shape
     every = slice(0, len(dense))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_AT_ONCE = 2**16  # numbers added to at once: they stay in the cache
+
+
 @dataclass(frozen=True, eq=False)
 class DFA:
     """Direct feature attribution of one feature at one destination position.
@@ -148,7 +151,14 @@ def attribution_by_source(
         raise UnsupportedError("DFA by source at every destination needs an SAE on hook_z")
     encoder, _ = dictionary.read(features, layer.z.dtype)
     n_heads = encoder.shape[1]
-    projected = torch.einsum("phe,nhe->phn", repeat_kv(layer.v, n_heads), encoder)
-    # [source, destination, head] @ [source, head, feature]
-    split = torch.bmm(layer.pattern.permute(2, 1, 0), projected)
-    return split.permute(2, 1, 0) / dictionary.input_scale(encoded.scale)[:, 0, None]
+    # [head, feature, d_head] @ [head, d_head, source]
+    values = repeat_kv(layer.v, n_heads).permute(1, 2, 0)
+    projected = torch.bmm(encoder.transpose(0, 1), values)
+    split = values.new_zeros(len(features), *layer.pattern.shape[1:])
+    step = max(1, _AT_ONCE // max(1, split[:, 0].numel()))
+    for start in range(0, split.shape[1], step):
+        some = slice(start, start + step)
+        for head, pattern in enumerate(layer.pattern):
+            split[:, some].addcmul_(pattern[some], projected[head, :, None])
+    scale = dictionary.input_scale(encoded.scale)[:, 0, None]
+    return split if bool((scale == 1).all()) else split.div_(scale)
