@@ -26,6 +26,7 @@ from sae_attn_plugin.cli.text import (
     DEMO,
     SAMPLE_HELP,
     check_text,
+    full_name,
     load,
     parse_layers,
     sampled,
@@ -37,12 +38,17 @@ _SHARES = ("fvu", "recovered_zero", "recovered_mean", "dead", "dense")
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help=f"A folder in Hugging Face format, a hub name, or {DEMO}.")
+        str,
+        typer.Option(
+            help="A folder in Hugging Face format, a hub name, or demo.", callback=full_name
+        ),
     ],
     saes: Annotated[
         str, typer.Option(help="A folder with attention-z SAEs, or a sae_lens release.")
     ],
-    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} {DEMO}: the demo's own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"{DATA_HELP} demo: the demo's own.", callback=full_name)
+    ] = None,
     sample: Annotated[int | None, typer.Option(help=SAMPLE_HELP)] = None,
     rows: Annotated[int, typer.Option(help="Rows to read from --data.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens in a row.")] = 128,

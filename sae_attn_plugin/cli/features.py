@@ -15,6 +15,7 @@ from sae_attn_plugin.cli.text import (
     DEMO,
     SAMPLE_HELP,
     check_text,
+    full_name,
     parse_layers,
     sampled,
 )
@@ -23,7 +24,10 @@ from sae_attn_plugin.errors import InputError
 
 def features(
     model: Annotated[
-        str, typer.Option(help=f"A folder in Hugging Face format, a hub name, or {DEMO}.")
+        str,
+        typer.Option(
+            help="A folder in Hugging Face format, a hub name, or demo.", callback=full_name
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the survey; the same command goes on.")],
     saes: Annotated[
@@ -32,7 +36,9 @@ def features(
             help="A folder with attention-z SAEs, or a sae_lens release. Default: the demo's."
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} {DEMO}: the demo's own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"{DATA_HELP} demo: the demo's own.", callback=full_name)
+    ] = None,
     sample: Annotated[int | None, typer.Option(help=SAMPLE_HELP)] = None,
     rows: Annotated[
         int | None, typer.Option(help="Rows to read from --data at most. Default: all; demo: 512.")

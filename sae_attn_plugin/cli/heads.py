@@ -11,7 +11,7 @@ import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import Backend, Dtype, check_device
 from sae_attn_plugin.cli.screen import Screen, session
 from sae_attn_plugin.cli.study import load_lens
-from sae_attn_plugin.cli.text import DATA_HELP, check_text, parse_layers
+from sae_attn_plugin.cli.text import DATA_HELP, DEMO, check_text, full_name, parse_layers
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import check_writable
 from sae_attn_plugin.registration import DEMO_MODEL_NAME
@@ -175,7 +175,7 @@ def _survey(
 ) -> Survey:
     """The survey of a folder, made or gone on with where text was given."""
     finished = (folder / "survey.json").is_file()
-    if lens is None or (data is None and (finished or model != "demo")):
+    if lens is None or (data is None and (finished or full_name(model) != DEMO)):
         return sap.load_survey(folder)
     text: Any = data
     if data is None:

@@ -24,7 +24,7 @@ from sae_attn_plugin.cli.options import (
     check_saes,
 )
 from sae_attn_plugin.cli.screen import Screen, session
-from sae_attn_plugin.cli.text import DATA_HELP, SAMPLE_HELP, check_text, sampled
+from sae_attn_plugin.cli.text import DATA_HELP, DEMO, SAMPLE_HELP, check_text, full_name, sampled
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.io import check_writable
 
@@ -93,7 +93,7 @@ def study(
         files = out / f"{name.value}.json", out / f"{name.value}.png"
         for path in files:
             check_writable(path)
-        given = model == "demo" or data is not None or sample is not None
+        given = full_name(model) == DEMO or data is not None or sample is not None
         if work is not None:
             check_folder(work, "--work")
         if name in _NEED_TEXT and not given:
@@ -158,7 +158,7 @@ def load_lens(
 ) -> FeatureLens:
     import torch
 
-    if model == "demo":
+    if full_name(model) == DEMO:
         if saes is not None:
             raise InputError("--model demo has its own SAEs; leave --saes out")
         with screen.busy("loading the demo model"):

@@ -19,6 +19,11 @@ DEMO = "sae-attn-demo"
 SAMPLE_HELP = "Instead of --data: so many rows that the model writes itself."
 
 
+def full_name(name: str | None) -> str | None:
+    """``demo`` is short for the demo model, and for its text."""
+    return DEMO if name == "demo" else name
+
+
 def check_text(data: str | None, sample: int | None) -> None:
     if data is not None and sample is not None:
         raise InputError("--data and --sample are two sources of text; give one")
