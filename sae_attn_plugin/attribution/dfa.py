@@ -160,5 +160,4 @@ def attribution_by_source(
         some = slice(start, start + step)
         for head, pattern in enumerate(layer.pattern):
             split[:, some].addcmul_(pattern[some], projected[head, :, None])
-    scale = dictionary.input_scale(encoded.scale)[:, 0, None]
-    return split if bool((scale == 1).all()) else split.div_(scale)
+    return split.div_(dictionary.input_scale(encoded.scale)[:, 0, None])
