@@ -444,6 +444,8 @@ LATE = {
     "evaluate, text": ("--saes SAES --data ./nowhere", "no such file: ./nowhere"),
     "evaluate, a folder": ("--saes SAES --data SAES", "but none saved by datasets"),
     "evaluate, an ending": ("--saes SAES --data setup.cfg", "cannot read setup.cfg: expected"),
+    "features": ("--saes ./nowhere --data TEXT --out new", "'./nowhere' is neither a folder nor"),
+    "features, text": ("--saes SAES --data ./nowhere --out new", "no such file: ./nowhere"),
     "explore": ("--saes ./nowhere", "'./nowhere' is neither a folder nor"),
     "explore, sessions": ("--saes SAES --sessions setup.cfg/in", "setup.cfg is no folder"),
     "study quality": ("--saes ./nowhere --data TEXT", "'./nowhere' is neither a folder nor"),

@@ -241,7 +241,7 @@ def test_the_command_surveys_and_goes_on(tmp_path: Path) -> None:
     from sae_attn_plugin.cli import app
 
     out = tmp_path / "s"
-    command = ["features", "--model", "sae-attn-demo", "--data", "sae-attn-demo", "--rows", "6"]
+    command = ["features", "--model", "demo", "--data", "demo", "--rows", "6"]
     command += ["--context", "16", "--layers", "1", "--keep", "2", "--out", str(out)]
     first = CliRunner().invoke(app, [*command, "--site", str(tmp_path / "site")])
     assert first.exit_code == 0, first.output

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.options import (
+    Backend,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    HostOption,
+    check_counts,
+    check_device,
+    check_folder,
+    check_saes,
+)
 from sae_attn_plugin.cli.screen import plain, session
 from sae_attn_plugin.cli.text import (
     DATA_HELP,
@@ -76,9 +86,9 @@ def features(
     ] = 100,
     fresh: Annotated[bool, typer.Option(help="Start anew instead of going on.")] = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn, and of --sample.")] = 0,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.nnsight,
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+    backend: HostOption = Backend.nnsight,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Survey every feature of every layer over a corpus, in one pass."""
     with session() as screen:
@@ -87,19 +97,28 @@ def features(
             raise InputError("give --data or --sample, the text to survey")
         if saes is None and model != DEMO:
             raise InputError("give --saes, the SAEs to survey")
-        least = {"rows": 1, "context": 2, "rows-at-once": 1, "keep": 1, "draw": 1, "workers": 0}
-        least |= {"sources": 1, "positions": 1, "shards": 1, "checkpoint-every": 1}
-        given = (rows, context, rows_at_once, keep, draw, workers, sources, positions, shards)
-        for (name, low), value in zip(least.items(), (*given, checkpoint_every), strict=True):
-            if value is not None and value < low:
-                raise InputError(f"--{name} {value}: expected at least {low}")
+        check_counts(
+            rows=rows,
+            rows_at_once=rows_at_once,
+            keep=keep,
+            draw=draw,
+            sources=sources,
+            positions=positions,
+            shards=shards,
+            checkpoint_every=checkpoint_every,
+        )
+        for name, value, least in (("context", context, 2), ("workers", workers, 0)):
+            if value < least:
+                raise InputError(f"--{name} {value}: expected at least {least}")
         for name, value in (("shards", shards), ("address", address)):
             if value is not None and not workers:
                 raise InputError(f"--{name} goes with --workers")
+        check_folder(out, "--out")
         screen.hush()
         from sae_attn_plugin.corpus.shards import LensRecipe
 
         check_device(device)
+        check_saes(saes)
         where = str(sap.demo.SAES_PATH) if saes is None else saes
         recipe = LensRecipe(model, where, backend.value, device, dtype.value)  # type: ignore[arg-type]
         with screen.busy(f"loading {model}"):

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, Dtype, check_device
+from sae_attn_plugin.cli.options import (
+    Backend,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    HostOption,
+    check_counts,
+    check_device,
+)
 from sae_attn_plugin.cli.screen import Screen, session
 from sae_attn_plugin.cli.study import load_lens
 from sae_attn_plugin.cli.text import DATA_HELP, DEMO, check_text, full_name, parse_layers
@@ -57,18 +65,14 @@ def heads(
         typer.Option(help="Folder for heads and families, .json and .png.", show_default="here"),
     ] = Path(),
     seed: Annotated[int, typer.Option(help="Of random sets and text.")] = 0,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = (
-        Backend.transformer_lens
-    ),
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+    backend: HostOption = (Backend.transformer_lens),
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """What every head does, by its features: agreement, monosemanticity, feature families."""
     with session() as screen:
         check_text(data, None)
-        for option, value in (("rows", rows), ("context", context), ("sample", sample)):
-            if value < 1:
-                raise InputError(f"--{option} {value}: expected at least 1")
+        check_counts(rows=rows, context=context, sample=sample)
         files = [out / f"{name}.{end}" for name in ("heads", "families") for end in ("json", "png")]
         for path in files:
             check_writable(path)
