@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,18 @@ from helpers import TINY, on_host, random_saes, word_tokenizer
 from sae_attn_plugin import FeatureLens
 
 torch.set_num_threads(1)  # tiny matrices
+
+# The same examples in every run of the suite; SAE_ATTN_FUZZ=N looks N times longer, at random.
+FUZZ = int(os.environ.get("SAE_ATTN_FUZZ", "0"))
+hypothesis.settings.register_profile(
+    "here",
+    derandomize=not FUZZ,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
+    print_blob=True,
+)
+hypothesis.settings.load_profile("here")
 
 LensMaker = Callable[..., FeatureLens]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LensMaker
+from conftest import FUZZ, LensMaker
 from helpers import random_sae, tiny_gpt2, tiny_llama, word_tokenizer
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 from test_files import small_graph
@@ -32,18 +31,9 @@ from sae_attn_plugin.checkpoints import load_state, save_state
 from sae_attn_plugin.graphs import native
 from sae_attn_plugin.studies.result import Study, load_study
 
-LONGER = int(os.environ.get("SAE_ATTN_FUZZ", "0"))
-
 
 def examples(n: int) -> Any:
-    return settings(
-        max_examples=n * max(LONGER, 1),
-        derandomize=not LONGER,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
-        print_blob=True,
-    )
+    return settings(max_examples=n * max(FUZZ, 1))
 
 
 def outcome(call: Callable[[], Any]) -> Any:

@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import FUZZ
 from helpers import random_saes, tiny_gpt2, tiny_llama
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_files import check_refused, check_round_trip, content, small_graph
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.graphs import files
 from sae_attn_plugin.nodes import quote
 
 ENDINGS = ("json", "safetensors", "graphml", "gexf")
@@ -33,8 +35,9 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
-_OWN = {"id", "key", "source", "target", "weight", "sae_attn_key",
-        "kind", "layer", "position", "feature", "head"}  # fmt: skip
+# Names that mean something to a format, and so cannot hold just anything.
+_OWN = {"id", "key", "source", "target", "weight", "sae_attn_key", "share", "tokens", "targets",
+        "kind", "layer", "position", "feature", "head", *files._NUMBERS, *files._TEXTS}  # fmt: skip
 ATTRIBUTES = st.dictionaries(TEXT.filter(lambda name: name not in _OWN), VALUES, max_size=4)
 
 
@@ -67,11 +70,7 @@ def graphs(draw: Any) -> Any:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-@settings(
-    max_examples=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=30 * max(FUZZ, 1))
 @given(graph=graphs())
 def test_any_graph_comes_back(tmp_path: Path, ending: str, graph: Any) -> None:
     check_round_trip(graph, tmp_path, ending)
