@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_AT_ONCE = 2**16  # numbers added to at once: they stay in the cache
+_AT_ONCE = 2**18  # numbers multiplied at once: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def direct_feature_attribution(
     rows, constants = dictionary.read(index, layer.z.dtype)
     encoder = rows[0] / dictionary.input_scale(encoded.scale)[position, 0]
     constant = float(constants[0])
-    projected = torch.einsum("phe,he->hp", repeat_kv(layer.v, len(encoder)), encoder)
+    projected = _through_values(layer, encoder[None])[:, 0]
     return (
         layer.pattern[:, position] * projected,
         constant,
@@ -150,14 +150,23 @@ def attribution_by_source(
     if dictionary.reads != "z":
         raise UnsupportedError("DFA by source at every destination needs an SAE on hook_z")
     encoder, _ = dictionary.read(features, layer.z.dtype)
-    n_heads = encoder.shape[1]
-    # [head, feature, d_head] @ [head, d_head, source]
-    values = repeat_kv(layer.v, n_heads).permute(1, 2, 0)
-    projected = torch.bmm(encoder.transpose(0, 1), values)
-    split = values.new_zeros(len(features), *layer.pattern.shape[1:])
-    step = max(1, _AT_ONCE // max(1, split[:, 0].numel()))
-    for start in range(0, split.shape[1], step):
-        some = slice(start, start + step)
-        for head, pattern in enumerate(layer.pattern):
-            split[:, some].addcmul_(pattern[some], projected[head, :, None])
+    projected = _through_values(layer, encoder)
+    n_heads, n_positions = layer.pattern.shape[:2]
+    split = projected.new_zeros(len(features), n_positions, n_positions)
+    # A few destinations at a time, with the sources that they see.
+    step = max(1, _AT_ONCE // (n_heads * n_positions))
+    for low in range(0, n_positions, step):
+        high = min(low + step, n_positions)
+        pattern = layer.pattern[:, low:high, :high]
+        product = torch.empty_like(pattern)
+        for one, found in zip(projected[:, :, None, :high].unbind(1), split, strict=True):
+            torch.sum(torch.mul(pattern, one, out=product), 0, out=found[low:high, :high])
     return split.div_(dictionary.input_scale(encoded.scale)[:, 0, None])
+
+
+def _through_values(
+    layer: FrozenLayer, encoder: Float[Tensor, "feature n_heads d_head"]
+) -> Float[Tensor, "n_heads feature source"]:
+    """What each encoder reads from each head's value at each source."""
+    values = repeat_kv(layer.v, encoder.shape[1]).permute(1, 2, 0)
+    return torch.bmm(encoder.transpose(0, 1), values)

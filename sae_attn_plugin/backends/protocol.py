@@ -409,8 +409,10 @@ def uncapped_logits(
 
 
 def repeat_kv(v: Float[Tensor, "... n_kv d_head"], n_heads: int) -> Tensor:
-    """Values for every head, from the values of its key/value group."""
-    return v.repeat_interleave(n_heads // v.shape[-2], dim=-2)
+    """Values for every head, from the values of its key/value group; ``v`` itself if each head
+    has its own."""
+    repeats = n_heads // v.shape[-2]
+    return v if repeats == 1 else v.repeat_interleave(repeats, dim=-2)
 
 
 def mix_values(
