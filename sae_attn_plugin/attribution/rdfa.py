@@ -49,9 +49,9 @@ from sae_attn_plugin.nodes import PASSING_KINDS, RESIDUAL_KINDS, Feature
 
 # Targets and source positions whose readers are formed together: enough for good matrix products,
 # few enough that the block stays in cache.
-_TARGETS, _BLOCK = 160, 16
+_TARGETS, _BLOCK = 320, 32
 # Where writers have to be made first, more targets share them.
-_TARGETS_LEAN = 4 * _TARGETS
+_TARGETS_LEAN = 2 * _TARGETS
 # Targets whose own functionals are carried through the values together.
 _READERS = 1024
 # The part of a memory budget that work in flight may take, and what it can use at all.
@@ -975,13 +975,13 @@ def _contract(
     ]
     for low in range(0, n_sources, _BLOCK):
         high, begin = min(low + _BLOCK, n_sources), int(begins[low])
-        block = state.scratch.get("block", high - low, n_targets - begin, d_model)
-        factor = readers.weights[begin:, :, low:high].transpose(1, 2)
-        torch.bmm(factor, heads[begin:], out=block.transpose(0, 1))
+        # contiguous as the product writes it: torch splits any other batch into single products
+        block = state.scratch.get("block", n_targets - begin, high - low, d_model)
+        torch.bmm(readers.weights[begin:, :, low:high].transpose(1, 2), heads[begin:], out=block)
         if added is not None and slope is not None:
-            added[low:high] += torch.einsum("t,ptd->pd", slope[begin:].to(block), block)
+            added[low:high] += torch.einsum("t,tpd->pd", slope[begin:].to(block), block)
         for p, y in _writers_at(state, low, high, starts, counts, offsets, columns):
-            torch.mm(y, block[p - low, int(begins[p]) - begin :].T, out=pieces[p])
+            torch.mm(y, block[int(begins[p]) - begin :, p - low].T, out=pieces[p])
     # neighbouring positions that the same targets see are one block
     bounds = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), n_sources]
     return [

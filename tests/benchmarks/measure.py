@@ -15,6 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _MATRIX = 2048
+# A call is repeated within its turn for so long: one of a millisecond would mostly time how the
+# call before has left the caches.
+_TURN = 0.05
 _PRODUCTS = ("mm", "bmm", "addmm", "mv", "baddbmm")
 
 
@@ -24,7 +27,7 @@ def interleaved(
     at_most: float = 120.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each call, all of them taking turns in every round.
+    """Median seconds of each call, all of them taking turns (short ones several times in a row).
 
     Args:
         rounds: how often each is called, after one call that is not counted (if more than once).
@@ -37,9 +40,11 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
+            start, n, passed = clock(), 0, 0.0
+            while passed < _TURN:
+                call()
+                n, passed = n + 1, clock() - start
+            seconds[name].append(passed / n)
         if time.perf_counter() - began > at_most:
             break
     return {name: statistics.median(values) for name, values in seconds.items()}
