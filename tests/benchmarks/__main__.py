@@ -374,7 +374,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    parts = ("stages", "autograd", "dfa", "curves", "bounds", "loading", "prompts")
+    parts = ("stages", "autograd", "dfa", "curves", "bounds", "loading", "prompts", "corpus")
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -398,6 +398,7 @@ def main() -> None:
         "bounds": bounds,
         "loading": loading,
         "prompts": lambda: prompts(options.prompts),
+        "corpus": lambda: surveys(options.rounds),
     }
     machine = {
         "processor": _processor(),
