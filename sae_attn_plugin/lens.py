@@ -17,7 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_attn_plugin.attribution.dfa import DFA, direct_feature_attribution
+from sae_attn_plugin.attribution.dfa import (
+    DFA,
+    attribution_by_source,
+    direct_feature_attribution,
+)
 from sae_attn_plugin.attribution.frozen import (
     BatchEncoder,
     FrozenResidual,
@@ -650,6 +654,21 @@ class Run:
         feature = self.resolve_feature(number, feature)
         split, constant, pre = direct_feature_attribution(self.frozen.layers[number], feature, at)
         return DFA(number, feature, at, split, constant, pre, self.token_strings)
+
+    def dfa_by_source(
+        self, layer: int, features: int | Sequence[int] | Tensor
+    ) -> Float[Tensor, "feature destination source"]:
+        """:meth:`dfa` of some features at every destination at once, summed over heads.
+
+        ``out[i, q].sum()`` is the pre-activation of ``features[i]`` at ``q``, less the ``constant``
+        of ``run.dfa(layer, features[i], q)``.
+        """
+        number = self.resolve_layer(layer)
+        wanted = features.tolist() if isinstance(features, Tensor | np.ndarray) else features
+        wanted = list(wanted) if isinstance(wanted, Sequence) else [wanted]
+        checked = [self.resolve_feature(number, one) for one in wanted]
+        frozen = self.frozen.layers[number]
+        return attribution_by_source(frozen, torch.tensor(checked, device=frozen.z.device).long())
 
     def qk(self, layer: int, head: int, query: int, key: int) -> QKAttribution:
         """Why a head looks where it looks: its pre-softmax score, term by term.

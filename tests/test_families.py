@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from survey_tables import from_firings
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.demo.families import PlantedFamilies, compare, plant
+from sae_attn_plugin.demo.families import PlantedFamilies, compare, plant, pooled, recovery
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.statistics import wilson
 from sae_attn_plugin.studies import families, family_scores, load_study
@@ -243,6 +243,15 @@ def test_planted_families_are_found(
     ].itertuples(index=False):
         if family in ("induction", "previous_token") and names[layer, feature].startswith(family):
             assert names[layer, feature].endswith(token)  # which token it is about
+
+
+def test_the_counts_of_several_seeds_are_pooled() -> None:
+    table = recovery(noises=(0.0,), seeds=(1, 2), rows=12, sample=12, progress=False)
+    assert set(table["seed"]) == {1, 2}
+    together = pooled(table).set_index("family")
+    assert together.loc["all", "planted"] == table.loc[table["family"] == "all", "planted"].sum()
+    right, found = together.loc["all", ["right", "found"]]
+    assert together.loc["all", "precision"] == right / found > 0.7
 
 
 def test_dead_and_rare_features_are_left_out(small: tuple[PlantedFamilies, Any]) -> None:

@@ -9,6 +9,7 @@ import random
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architecture_models import RECIPES
@@ -101,6 +102,46 @@ class Case:
 @functools.cache
 def case(name: str, attn: str, mlp: str) -> Case:
     return Case(name, attn, mlp)
+
+
+@pytest.mark.parametrize("attn", ["z", "attn_out"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_dfa_is_what_the_edges_add_up_to(name: str, attn: str) -> None:
+    """By head and source, in models without biases, where writers alone make up the values."""
+    here = case(name, attn, "none")
+    with here.exact():
+        active = here.run.features(2)
+        for feature, position in active[["feature", "position"]].to_numpy()[::9].tolist():
+            dfa = here.run.dfa(2, feature, position)
+            att = here.run.attribute(sap.Feature(2, feature, position), node_budget=0)
+            split = np.zeros(dfa.by_head_and_source.shape)
+            frame = att.edges_by_head()
+            at: Any = [sap.Node.parse(source).position for source in frame["source"]]
+            np.add.at(split, (frame["head"].to_numpy(int), at), frame["weight"].to_numpy())
+            np.testing.assert_allclose(split, dfa.by_head_and_source, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("attn", ["z", "attn_out", "attn_out_layer_norm"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_dfa_closes_at_every_destination(name: str, attn: str) -> None:
+    here = case(name, attn, "none")
+    with here.exact():
+        for layer in range(3):
+            encoded = here.run.features(layer)
+            features = encoded["feature"].unique().tolist()[:6]
+            split = here.run.dfa_by_source(layer, features)
+            few = here.run.dfa_by_source(layer, torch.tensor(features[:2]))
+            torch.testing.assert_close(few, split[:2], rtol=1e-10, atol=1e-12)
+            for row, feature in enumerate(features):
+                for position in range(split.shape[1]):
+                    dfa = here.run.dfa(layer, feature, position)
+                    assert abs(dfa.residual) < 1e-10
+                    found = split[row, position]
+                    torch.testing.assert_close(found, dfa.by_source, rtol=1e-9, atol=1e-11)
+            for _, at, _, feature, _, pre in encoded.itertuples(index=False):
+                if feature in features:
+                    total = here.run.dfa(layer, feature, at)
+                    assert float(total.by_source.sum()) + total.constant == pytest.approx(pre)
 
 
 def rows_of(att: Any) -> dict[str, dict[str, float]]:

@@ -211,6 +211,13 @@ def test_refusals(run: Run, graph: nx.DiGraph, tmp_path: Path) -> None:
     examples: Any = {(node.layer, node.feature): [{}]}
     with pytest.raises(sap.InputError, match="'tokens' and 'activations'"):
         sap.enrich(graph, run, qk=False, examples=examples)
+    with pytest.raises(sap.InputError, match="expected at least 0"):
+        sap.enrich(graph, run, max_features=-1)
+    stranger = graph.copy()
+    silent = next(i for i in range(99) if i not in run.features(0, 3)["feature"].tolist())
+    stranger.add_edge(f"attn:0:{silent}@3", next(n for n in graph if n.startswith("attn:1")))
+    with pytest.raises(sap.InputError, match=f"attn:0:{silent}@3 writes nothing in this run"):
+        sap.enrich(stranger, run)
     with pytest.raises(sap.InputError, match="written for others"):
         sap.load(tmp_path / "graph.html")
     assert not list(tmp_path.iterdir())

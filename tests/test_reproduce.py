@@ -70,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     att = run.attribute([direction, sap.LogitDiff("w7", "w9")], weights=[1, 3])
     sap.save(att.prune(0.9).prune(0.8, max_nodes=9), folder / "other.safetensors")
     sap.save(att.to_networkx(by="head"), folder / "heads.json")
+    sap.save(run.graph(sap.HeadScore(2, 1, -1, 0, "query")), folder / "score.json")
     for layer, hook in ((1, "hook_resid_post"), (2, "hook_resid_mid")):
         sae_at(layer, hook, 30).save_model(folder / "residual" / f"{layer}.{hook}")
     stream = str(folder / "residual")
@@ -87,7 +88,10 @@ def call(*arguments: object) -> Any:
     return result
 
 
-@pytest.mark.parametrize("name", ["graph.json", "other.safetensors", "heads.json", "residual.json"])
+FILES = ("graph.json", "other.safetensors", "heads.json", "score.json", "residual.json")
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_tells_all_that_is_needed(folder: Path, name: str, tmp_path: Path) -> None:
     result = call(folder / name, "--out", tmp_path / "again.json")
     assert result.exit_code == 0, result.output

@@ -221,6 +221,29 @@ def test_damage_is_named(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("influence", lambda a: a[:-1], "flow.root_weight has the wrong length"),
+        ("in_sum", lambda a: a[:-1], "flow.in_sum has the wrong length"),
+        ("depth", lambda a: a[::-1].copy(), "not in the order of their targets' depth"),
+        ("target", lambda a: a + 10**6, "flow.target points outside the nodes"),
+    ],
+)
+def test_a_flow_that_cannot_be_is_refused(
+    tmp_path: Path, field: str, change: Any, message: str
+) -> None:
+    """As another program might write it, with the right digests."""
+    attribution = small_attribution()
+    flow = dataclasses.replace(
+        attribution.flow, **{field: change(getattr(attribution.flow, field))}
+    )
+    path = tmp_path / "a.safetensors"
+    sap.save(dataclasses.replace(attribution, flow=flow), path, heads=False)
+    with pytest.raises(sap.FileError, match=message):
+        sap.load(path)
+
+
 def test_plain_safetensors_of_others(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -12,7 +12,7 @@ import torch
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.backends.protocol import Site
-from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.errors import FileError, InputError
 from sae_attn_plugin.studies import (
     ioi_circuit,
     ioi_features,
@@ -203,6 +203,8 @@ def test_pairs_are_those_of_each_head(lens: sap.FeatureLens, tmp_path: Path) -> 
     for name, table in study.tables.items():
         pd.testing.assert_frame_equal(again.tables[name], table, check_exact=True)
     assert len(study.plot().axes[0].get_lines()) == 4
+    with pytest.raises(FileError, match="made with other settings"):
+        qk_ioi(lens, [(2, 0)], n=N, seed=4, k=(1, 4), keys=["S2"], folder=tmp_path)
 
 
 def test_hosts_agree(lens: sap.FeatureLens) -> None:
@@ -245,6 +247,8 @@ def test_pictures_show_the_tables(lens: sap.FeatureLens) -> None:
         (ioi_positions, {"layers": [9], "n": 2}, "do not exist"),
         (ioi_positions, {"conjunctions": " or"}, "must be a list"),
         (ioi_positions, {"conjunctions": [" zzz"], "n": 2}, "knows none"),
+        (ioi_positions, {"layers": [], "n": 2}, "do not exist"),
+        (qk_ioi, {"query": "S3"}, "unknown role"),
         (qk_ioi, {"n": 3}, "at least 4"),
         (qk_ioi, {"n": 4, "min_attention": 1.1}, "no head attends"),
         (qk_ioi, {"heads": [(0, 99)]}, "head 0.99 does not exist"),

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenLayer
+from sae_attn_plugin.attribution.readers import through_output, z_readers, z_scale
 from sae_attn_plugin.backends.protocol import repeat_kv
-from sae_attn_plugin.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _AT_ONCE = 2**18  # numbers multiplied at once: they stay in the cache
+_SEVERAL = 4  # features from which on one product for all is faster than one sum for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,19 +122,11 @@ def direct_feature_attribution(
 
     Values are projected on the encoder first, so the cost is ``n_heads * n_positions`` numbers.
     """
-    dictionary, encoded = layer.dictionary, layer.encoded
-    assert dictionary is not None
-    assert encoded is not None
-    index = torch.tensor([feature], device=layer.z.device)
-    rows, constants = dictionary.read(index, layer.z.dtype)
-    encoder = rows[0] / dictionary.input_scale(encoded.scale)[position, 0]
-    constant = float(constants[0])
-    projected = _through_values(layer, encoder[None])[:, 0]
-    return (
-        layer.pattern[:, position] * projected,
-        constant,
-        constant + float((encoder * layer.z[position]).sum()),
-    )
+    index, at = (torch.tensor([number], device=layer.z.device) for number in (feature, position))
+    reader = z_readers(layer, index, torch.zeros_like(index), at)
+    encoder = reader.encoder if reader.scale is None else reader.encoder / reader.scale
+    split = layer.pattern[:, position] * _through_values(layer, encoder)[:, 0]
+    return split, float(reader.constant[0]), float(reader.value[0])
 
 
 def attribution_by_source(
@@ -144,24 +137,31 @@ def attribution_by_source(
     ``out[i, q].sum() + constant == pre_activation`` of feature ``i`` at ``q``. Values are projected
     on the encoders first, so that nothing of size destination x source x d_model is formed.
     """
-    dictionary, encoded = layer.dictionary, layer.encoded
+    dictionary = layer.dictionary
     assert dictionary is not None
-    assert encoded is not None
-    if dictionary.reads != "z":
-        raise UnsupportedError("DFA by source at every destination needs an SAE on hook_z")
-    encoder, _ = dictionary.read(features, layer.z.dtype)
+    encoder = dictionary.encoder(features, layer.z.dtype)
+    if dictionary.reads == "attn_out":
+        encoder = through_output(layer, encoder)
     projected = _through_values(layer, encoder)
     n_heads, n_positions = layer.pattern.shape[:2]
-    split = projected.new_zeros(len(features), n_positions, n_positions)
+    split = projected.new_zeros(n_positions, n_positions, len(features)).permute(2, 1, 0)
+    several = len(features) >= _SEVERAL
+    by_source = projected.permute(2, 0, 1).contiguous() if several else projected
     # A few destinations at a time, with the sources that they see.
     step = max(1, _AT_ONCE // (n_heads * n_positions))
     for low in range(0, n_positions, step):
         high = min(low + step, n_positions)
         pattern = layer.pattern[:, low:high, :high]
-        product = torch.empty_like(pattern)
-        for one, found in zip(projected[:, :, None, :high].unbind(1), split, strict=True):
-            torch.sum(torch.mul(pattern, one, out=product), 0, out=found[low:high, :high])
-    return split.div_(dictionary.input_scale(encoded.scale)[:, 0, None])
+        if several:  # [source, destination, head] @ [source, head, feature]
+            last = pattern.reshape(n_heads, -1).T.contiguous().view(-1, high, n_heads)
+            found = torch.bmm(last.transpose(0, 1), by_source[:high])
+            split[:, low:high, :high] = found.permute(2, 1, 0)
+        else:
+            product = torch.empty_like(pattern)
+            for i in range(len(features)):
+                torch.mul(pattern, projected[:, i, None, :high], out=product)
+                split[i, low:high, :high] = product.sum(0)
+    return split.div_(z_scale(layer))
 
 
 def _through_values(

@@ -103,6 +103,71 @@ class ReaderSet:
         )
 
 
+@dataclass(frozen=True)
+class ZReaders:
+    """Readers of features of a layer as functionals of z, whatever their dictionary reads.
+
+    ``value == constant + (encoder[row] * z[position]).sum() / scale``, up to rounding.
+
+    Attributes:
+        encoder: ``[unique, head, d_head]``.
+        scale: ``[target]``: what the frozen normalisations divide by; None: nothing.
+        constant, value: ``[target]``: what no head carries, and the pre-activation.
+    """
+
+    encoder: Float[Tensor, "unique head d_head"]
+    scale: Float[Tensor, " target"] | None
+    constant: Float[Tensor, " target"]
+    value: Float[Tensor, " target"]
+
+
+def z_readers(
+    layer: FrozenLayer,
+    unique: Int[Tensor, " unique"],
+    row: Int[Tensor, " target"],
+    positions: Int[Tensor, " target"],
+) -> ZReaders:
+    """The readers of features ``unique[row]`` at query positions."""
+    dictionary, encoded = layer.dictionary, layer.encoded
+    assert dictionary is not None
+    assert encoded is not None
+    encoder, c = dictionary.read(unique, layer.z.dtype)
+    c = c[row]
+    scale = dictionary.input_scale(encoded.scale)[positions, 0]
+    if dictionary.reads == "z":
+        value = c + (encoder[row] * layer.z[positions]).sum((-2, -1)) / scale
+    else:
+        assert layer.attn_out is not None
+        value = c + (encoder[row] * layer.attn_out[positions]).sum(-1) / scale
+        if layer.post_bias is not None:
+            c = c + (encoder @ layer.post_bias)[row] / scale
+        if layer.post_scale is not None:
+            scale = scale * layer.post_scale[positions, 0]
+        c = c + (layer.before(encoder) @ layer.weights.b_O)[row] / scale
+        encoder = through_output(layer, encoder)
+    scaled = dictionary.normalisation != "none" or layer.post_scale is not None
+    return ZReaders(encoder, scale if scaled else None, c, value)
+
+
+def through_output(
+    layer: FrozenLayer, encoder: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n head d_head"]:
+    """Functionals of what attention adds to the stream as functionals of z, before the scale of a
+    norm between the two."""
+    return torch.einsum("nd,hed->nhe", layer.before(encoder), layer.weights.W_O)
+
+
+def z_scale(layer: FrozenLayer) -> Float[Tensor, "position 1"]:
+    """What readers of z of a layer's dictionary are divided by."""
+    dictionary, encoded = layer.dictionary, layer.encoded
+    assert dictionary is not None
+    assert encoded is not None
+    scale = dictionary.input_scale(encoded.scale)
+    if dictionary.reads == "z" or layer.post_scale is None:
+        return scale
+    return scale * layer.post_scale
+
+
 def feature_readers(
     layer: FrozenLayer, features: Int[Tensor, " target"], positions: Int[Tensor, " target"]
 ) -> ReaderSet:
@@ -111,38 +176,19 @@ def feature_readers(
     ``features`` may stay on the host: which of them are equal is then found without asking the
     device, which would have to finish first.
     """
-    dictionary, encoded = layer.dictionary, layer.encoded
-    assert dictionary is not None
-    assert encoded is not None
-    dtype = layer.z.dtype
     unique, row = (t.to(layer.z.device) for t in features.unique(return_inverse=True))
-    encoder, c = dictionary.read(unique, dtype)
-    c = c[row]
-    input_scale = dictionary.input_scale(encoded.scale)[positions, 0]
-    if dictionary.reads == "attn_out":
-        assert layer.attn_out is not None
-        value = c + (encoder[row] * layer.attn_out[positions]).sum(-1) / input_scale
-        if layer.post_bias is not None:
-            c = c + (encoder @ layer.post_bias)[row] / input_scale
-        encoder = layer.before(encoder)
-        if layer.post_scale is not None:
-            input_scale = input_scale * layer.post_scale[positions, 0]
-        c = c + (encoder @ layer.weights.b_O)[row] / input_scale
-        encoder = torch.einsum("ud,hed->uhe", encoder, layer.weights.W_O)
-    else:
-        value = c + (encoder[row] * layer.z[positions]).sum((-2, -1)) / input_scale
-    heads, value_bias = _through_values(layer, encoder)
-    scaled = dictionary.normalisation != "none" or layer.post_scale is not None
+    of_z = z_readers(layer, unique, row, positions)
+    heads, value_bias = _through_values(layer, of_z.encoder)
     return ReaderSet(
         layer=layer,
         heads=heads,
         row=row,
         position=positions,
         which=None,
-        input_scale=input_scale if scaled else None,
-        constant=c,
+        input_scale=of_z.scale,
+        constant=of_z.constant,
         value_bias=value_bias,
-        value=value,
+        value=of_z.value,
     )
 
 
