@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -814,7 +814,7 @@ def _known_as(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _explain(what: str) -> Iterator[None]:
+def _explain(what: str) -> Generator[None]:
     try:
         yield
     except Exception as error:  # sae_lens, safetensors, json and the hub each raise their own

@@ -33,7 +33,7 @@ def text(value: object, longest: int = _LONGEST) -> str:
     return html.escape(shown if len(shown) <= longest else shown[: longest - 1] + "…")
 
 
-def number(value: float, signed: bool = False) -> str:
+def number(value: float | None, signed: bool = False) -> str:
     """Four digits."""
     if value is None or not math.isfinite(value):
         return "–"

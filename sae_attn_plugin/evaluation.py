@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -588,7 +588,7 @@ def _run_evals(
 
 
 @contextlib.contextmanager
-def _padding_on_the_right(tokenizer: Any) -> Iterator[None]:
+def _padding_on_the_right(tokenizer: Any) -> Generator[None]:
     """HookedTransformer masks every token that looks like padding on its tokenizer's padding side,
     and nnsight turns that to the left in a tokenizer it is given: no row here is padded."""
     side = getattr(tokenizer, "padding_side", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Spliced:
 @contextlib.contextmanager
 def splice(
     model: Any, saes: Any, *, error_term: bool = False, edit: FeatureEdit | None = None
-) -> Iterator[Spliced]:
+) -> Generator[Spliced]:
     """Within the context, the model runs with each SAE's reconstruction in place of its z.
 
     Args:

@@ -99,10 +99,12 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Open]:
 
 def wait(page: Page, condition: str) -> None:
     """Playwright's own way needs eval, which the pages forbid."""
-    page.evaluate(
-        "() => new Promise((done) => { const look = () => "
-        f"{condition} ? done() : setTimeout(look, 10); look(); }})"
+    came = page.evaluate(
+        "() => new Promise((done) => { const until = Date.now() + 60000; const look = () => "
+        f"{{ if ({condition}) done(true); else if (Date.now() > until) done(false); "
+        "else setTimeout(look, 10); }; look(); })"
     )
+    assert came, f"{condition} did not come true in a minute"
 
 
 def node_at(page: Page, name: str) -> Locator:

@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     direction = sap.Direction(lens.backend.unembed()[0][:, 5] + 0.1, name="a way")
     att = run.attribute([direction, sap.LogitDiff("w7", "w9")], weights=[1, 3])
     sap.save(att.prune(0.9).prune(0.8, max_nodes=9), folder / "other.safetensors")
-    sap.save(att.to_networkx(by="head"), folder / "heads.json")
+    sap.save(att.prune(0.5).to_networkx(by="head"), folder / "heads.json")
     sap.save(run.graph(sap.HeadScore(2, 1, -1, 0, "query")), folder / "score.json")
     for layer, hook in ((1, "hook_resid_post"), (2, "hook_resid_mid")):
         sae_at(layer, hook, 30).save_model(folder / "residual" / f"{layer}.{hook}")

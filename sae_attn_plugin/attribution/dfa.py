@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,25 +144,48 @@ def attribution_by_source(
     if dictionary.reads == "attn_out":
         encoder = through_output(layer, encoder)
     projected = _through_values(layer, encoder)
-    n_heads, n_positions = layer.pattern.shape[:2]
-    split = projected.new_zeros(n_positions, n_positions, len(features)).permute(2, 1, 0)
-    several = len(features) >= _SEVERAL
-    by_source = projected.permute(2, 0, 1).contiguous() if several else projected
-    # A few destinations at a time, with the sources that they see.
+    mix = _by_product if len(features) >= _SEVERAL else _by_sums
+    return mix(layer.pattern, projected).div_(z_scale(layer))
+
+
+def _by_sums(
+    pattern: Float[Tensor, "n_heads destination source"],
+    projected: Float[Tensor, "n_heads feature source"],
+) -> Float[Tensor, "feature destination source"]:
+    """``pattern * projected``, summed over heads, one feature after the other."""
+    n_positions = pattern.shape[1]
+    split = projected.new_zeros(projected.shape[1], n_positions, n_positions)
+    for some, seen in _blocks(pattern):
+        block = pattern[:, some, seen]
+        product = torch.empty_like(block)
+        for one, out in zip(projected.unbind(1), split, strict=True):
+            torch.mul(block, one[:, None, seen], out=product)
+            torch.sum(product, 0, out=out[some, seen])
+    return split
+
+
+def _by_product(
+    pattern: Float[Tensor, "n_heads destination source"],
+    projected: Float[Tensor, "n_heads feature source"],
+) -> Float[Tensor, "feature destination source"]:
+    """The same as one matrix product for each source, all features at once."""
+    n_heads, n_features, n_positions = projected.shape
+    by_source = projected.permute(2, 0, 1).contiguous()
+    split = projected.new_zeros(n_positions, n_positions, n_features)
+    for some, seen in _blocks(pattern):
+        block = pattern[:, some, seen]
+        last = block.reshape(n_heads, -1).T.contiguous().view(*block.shape[1:], n_heads)
+        split[seen, some] = torch.bmm(last.transpose(0, 1), by_source[seen])
+    return split.permute(2, 1, 0)
+
+
+def _blocks(pattern: Float[Tensor, "n_heads destination source"]) -> Iterator[tuple[slice, slice]]:
+    """A few destinations at a time, and the sources that they see."""
+    n_heads, n_positions = pattern.shape[:2]
     step = max(1, _AT_ONCE // (n_heads * n_positions))
     for low in range(0, n_positions, step):
         high = min(low + step, n_positions)
-        pattern = layer.pattern[:, low:high, :high]
-        if several:  # [source, destination, head] @ [source, head, feature]
-            last = pattern.reshape(n_heads, -1).T.contiguous().view(-1, high, n_heads)
-            found = torch.bmm(last.transpose(0, 1), by_source[:high])
-            split[:, low:high, :high] = found.permute(2, 1, 0)
-        else:
-            product = torch.empty_like(pattern)
-            for i in range(len(features)):
-                torch.mul(pattern, projected[:, i, None, :high], out=product)
-                split[i, low:high, :high] = product.sum(0)
-    return split.div_(z_scale(layer))
+        yield slice(low, high), slice(0, high)
 
 
 def _through_values(

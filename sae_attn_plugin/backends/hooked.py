@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -255,7 +255,7 @@ class HookedModel(HookedRootModule):
         return super().run_with_cache(*args, names_filter=cast(Any, wanted), **kwargs)
 
     @contextlib.contextmanager
-    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def hooks(self, *args: Any, **kwargs: Any) -> Generator[Any]:
         """As on ``HookedTransformer``; of threads that hook one model, each waits for the others,
         so that hooks see their own thread's pass only."""
         with lock_of(self.model), super().hooks(*args, **kwargs) as model:
@@ -287,7 +287,7 @@ class HookedModel(HookedRootModule):
     # -- taps --------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _tapped(self, stop: int | None) -> Iterator[None]:
+    def _tapped(self, stop: int | None) -> Generator[None]:
         """Connect the hook points that have hooks with the host, for one forward pass."""
         handles, waiting = [], set()
         try:

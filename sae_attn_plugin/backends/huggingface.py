@@ -143,7 +143,7 @@ class HuggingFaceBackend:
     ) -> dict[Site, Tensor]:
         wanted = reads | set(edits)
         with self._lock:
-            found = self._trace(tokens, wanted, edits, reads, logits)
+            found: dict[Site, Any] = self._trace(tokens, wanted, edits, reads, logits)
         if missing := reads - set(found):
             raise BackendError(f"not found in the model: {', '.join(map(str, missing))}")
         if any(value is None for value in found.values()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -88,7 +88,7 @@ def _bridge(name: str, device: str, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _explain(name: str) -> Iterator[None]:
+def _explain(name: str) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,7 +138,7 @@ def _dictionaries(
 
 
 @contextlib.contextmanager
-def _told(kind: str, name: str, given: str | None) -> Iterator[None]:
+def _told(kind: str, name: str, given: str | None) -> Generator[None]:
     """Errors of a source that only the graph names, with what to do."""
     try:
         yield

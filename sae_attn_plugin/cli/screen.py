@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ _NOISY = ("transformers", "transformer_lens", "sae_lens", "nnsight", "torch", "h
 
 
 @contextlib.contextmanager
-def session() -> Iterator[Screen]:
+def session() -> Generator[Screen]:
     """Errors of our own as one message, an interrupt as exit 130; anything else is a defect."""
     stack = contextlib.ExitStack()
     screen = Screen(stack)
@@ -44,7 +44,7 @@ def session() -> Iterator[Screen]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep what the hosts say about themselves off the screen: notices, weight-loading bars."""
     with warnings.catch_warnings():
         for module in _NOISY:
@@ -95,7 +95,7 @@ class Screen:
             self._stack.enter_context(_quiet())
 
     @contextlib.contextmanager
-    def busy(self, what: str) -> Iterator[None]:
+    def busy(self, what: str) -> Generator[None]:
         if not self.live:
             yield
             return

@@ -220,7 +220,3 @@ def _cell(row: dict[Any, Any], column: str) -> Any:
     if low is None or high is None or low != low or value != value:
         return value
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

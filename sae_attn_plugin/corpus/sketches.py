@@ -155,6 +155,13 @@ class Reservoir:
         details: of a firing: name to shape and dtype.
     """
 
+    n: int
+    k: int
+    device: torch.device
+    priority: Tensor
+    place: Tensor
+    details: dict[str, Tensor]
+
     def __init__(
         self,
         n: int,
@@ -324,6 +331,15 @@ class LayerSketch:
 
     SUMS = ("total", "dfa", "dfa_abs", "dfa_weighted")
     COUNTS = ("by_position", "histogram")
+
+    by_position: Tensor
+    histogram: Tensor
+    total: Tensor
+    dfa: Tensor
+    dfa_abs: Tensor
+    dfa_weighted: Tensor
+    top: Reservoir
+    sample: Reservoir
 
     def __init__(self, d_sae: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         f64, i64 = torch.float64, torch.int64

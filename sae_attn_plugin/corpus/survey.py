@@ -458,6 +458,8 @@ class Corpus:
         context: tokens in a row; n_rows: how many rows, where that is known.
     """
 
+    context: int
+
     def __init__(
         self, lens: FeatureLens, data: Any, context: int | None, limit: int | None, bos: bool
     ) -> None:

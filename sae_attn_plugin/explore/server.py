@@ -13,6 +13,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,14 +179,8 @@ def serve(lens: FeatureLens, sessions: str | Path, one: socket.socket) -> None:
 
 
 def need_extra() -> None:
-    try:
-        import starlette
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "the explorer needs more packages: pip install 'sae-attn-plugin[explore]'"
-        ) from None
-    del starlette
+    if any(find_spec(name) is None for name in ("starlette", "uvicorn")):
+        raise InputError("the explorer needs more packages: pip install 'sae-attn-plugin[explore]'")
 
 
 def _assets() -> dict[str, tuple[str, str]]:

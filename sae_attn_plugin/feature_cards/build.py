@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -343,7 +343,7 @@ def _is_site(folder: Path) -> bool:
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
+def _whole(target: Path) -> Generator[Path]:
     """A folder to fill, which takes the target's place once it is complete."""
     made = target.with_name(f".{secrets.token_hex(8)}.tmp")
     old = made.with_suffix(".old")

@@ -413,7 +413,7 @@ def keep_only(
         activation, error: what the others have, per prompt and position or one for all.
     """
 
-    def step(z):
+    def step(z):  # pyright: ignore[reportMissingParameterType] - it may travel as text
         work = z.to(dtype)
         live, scale, was = dense(dictionary, work)
         change = torch.where(keep.to(z.device), 0, activation.to(live) - live)

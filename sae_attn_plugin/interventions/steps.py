@@ -8,6 +8,9 @@ Sites are plain ``(name, layer)`` tuples, and nothing inside a maker is annotate
 the clean run covers the clean run's positions; later ones, of generated tokens, stay live.
 """
 
+# Functions that travel to a remote model by their source have no annotations.
+# pyright: reportMissingParameterType=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,6 @@ from sae_attn_plugin.nodes import (
     PASSING_KINDS,
     RESIDUAL_KINDS,
     Feature,
-    FeatureKind,
     Logit,
     LogitDiff,
     Node,
@@ -441,7 +440,7 @@ def _as_target(node: Node) -> Feature | Logit | LogitDiff:
     if node.kind in FEATURE_KINDS:
         assert node.layer is not None
         assert node.feature is not None
-        return Feature(node.layer, node.feature, node.position, cast(FeatureKind, node.kind))
+        return Feature(node.layer, node.feature, node.position, node.kind)
     if node.kind == "score":
         raise InputError(f"{node} cannot be measured: interventions do not read attention scores")
     if node.kind == "direction":
