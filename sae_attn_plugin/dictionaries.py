@@ -624,6 +624,11 @@ def _read(
     for key, tensor in sae.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{name}: {key} holds NaN or infinity")
+    scale = parts.get("encoder_scale")
+    if scale is not None and not torch.isfinite(scale).all():
+        raise InputError(
+            f"{name}: what scales its encoder (exp(r_mag), or the decoder's norm) is infinite"
+        )
     b_dec = sae.b_dec.detach()
     density = getattr(sae, "sparsity", None)
     return Dictionary(

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import on_host, random_saes, tiny_gpt2, word_tokenizer
+from helpers import on_host, random_sae, random_saes, sae_at, tiny_gpt2, word_tokenizer
 from test_files import small_graph
 
 import sae_attn_plugin as sap
@@ -55,6 +55,25 @@ def test_bad_weights_of_a_model_are_named(host: str, value: float) -> None:
     assert name in str(caught.value)
     with pytest.raises(sap.BackendError, match=r"holds NaN or infinity"):
         sap.FeatureLens(model, random_saes(tiny_gpt2()), tokenizer=word_tokenizer())
+
+
+def test_saes_whose_numbers_overflow_are_named() -> None:
+    """Every parameter is finite, and what comes of it is not."""
+    model = tiny_gpt2()
+    gated, plain, late = (
+        random_sae(0, 30, architecture="gated"),
+        random_sae(1, 30),
+        sae_at(2, "hook_attn_out", 30),
+    )
+    with torch.no_grad():
+        gated.r_mag[0] = 1e30
+        plain.W_enc[:, 3], plain.W_dec[3] = 1e25, 1e25
+        late.b_enc[3], late.W_dec[3] = 1e25, 1e25
+    with pytest.raises(sap.InputError, match=r"exp\(r_mag\)"):
+        sap.FeatureLens(model, [gated])
+    for sae in (plain, late):
+        with pytest.raises(sap.InputError, match="its reconstruction holds NaN or infinity"):
+            sap.FeatureLens(model, [sae]).run([[3, 1, 4, 1, 5]]).attribute(sap.Logit(5))
 
 
 def test_values_that_overflow_are_told_from_bad_weights() -> None:

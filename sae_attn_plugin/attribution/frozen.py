@@ -158,7 +158,18 @@ def with_dictionary(mlp: FrozenMlp, dictionary: Dictionary) -> FrozenMlp:
     if skip is not None:
         skip = mlp.after(skip, everywhere)
         known = known + skip
-    return replace(mlp, skip=skip, error=mlp.out - known)
+    return replace(mlp, skip=skip, error=_error(mlp.out, known, dictionary))
+
+
+def _error(value: Tensor, reconstruction: Tensor, dictionary: Dictionary) -> Tensor:
+    """What a dictionary leaves over."""
+    error = value - reconstruction
+    if not torch.isfinite(error).all():
+        raise InputError(
+            f"{dictionary.sae_id}: its reconstruction holds NaN or infinity on this prompt, though "
+            "none of its parameters does; some are too large"
+        )
+    return error
 
 
 @dataclass(frozen=True)
@@ -264,7 +275,7 @@ def freeze_residuals(
             stream = capture["resid_pre", number][0].to(run.embed)
         encoded = dictionary.encode(stream)
         depth = 2 * number + (2 if dictionary.kind == "resid_mid" else 1)
-        error = stream - dictionary.decode(encoded)
+        error = _error(stream, dictionary.decode(encoded), dictionary)
         found[depth] = FrozenResidual(depth, dictionary, encoded, stream, error)
     return found
 
@@ -353,7 +364,7 @@ def freeze(
             else:
                 encoder, number = encoded_as
                 encoded = encoder.encoded(index, number)
-            error = read - dictionary.decode(encoded)
+            error = _error(read, dictionary.decode(encoded), dictionary)
         layers.append(
             FrozenLayer(
                 weights=weights,
