@@ -60,11 +60,8 @@ def test_bad_weights_of_a_model_are_named(host: str, value: float) -> None:
 def test_saes_whose_numbers_overflow_are_named() -> None:
     """Every parameter is finite, and what comes of it is not."""
     model = tiny_gpt2()
-    gated, plain, late = (
-        random_sae(0, 30, architecture="gated"),
-        random_sae(1, 30),
-        sae_at(2, "hook_attn_out", 30),
-    )
+    gated: Any = random_sae(0, 30, architecture="gated")
+    plain, late = random_sae(1, 30), sae_at(2, "hook_attn_out", 30)
     with torch.no_grad():
         gated.r_mag[0] = 1e30
         plain.W_enc[:, 3], plain.W_dec[3] = 1e25, 1e25
