@@ -756,7 +756,7 @@ class Run:
         if weights is not None:
             try:
                 shares = [float(weight) for weight in weights]
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 shares = []
             # Also false of NaN, and of infinity.
             sound = all(0 <= share < math.inf for share in shares) and sum(shares) > 0

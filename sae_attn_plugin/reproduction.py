@@ -153,7 +153,7 @@ def _target(name: str, about: Mapping[str, Any], lens: FeatureLens) -> Target:
 
     try:
         vector = torch.tensor(vectors[name], dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InputError(f"the vector of {name} is no list of numbers") from None
     (label,) = unquote(node.label or "")
     vector = vector.to(lens.backend.geometry.dtype)

@@ -403,6 +403,15 @@ def test_every_field_of_json_files_with_something_else(ending: str) -> None:
     check()
 
 
+def test_numbers_beyond_what_tables_hold() -> None:
+    document = _replaced(
+        json.loads(_written(".study.json")), ("tables", "main", "rows", 1, 0), -(2**63) - 1, False
+    )
+    assert outcome(lambda: _read(".study.json", json.dumps(document).encode())) is None
+    assert outcome(lambda: _demo_run().attribute(sap.Logit(5), weights=[10**400])) is None
+    assert outcome(lambda: sap.ScaleFeature(0, 1, 2, 10**400)) is None
+
+
 def _exported(name: str, **options: Any) -> Callable[[Any], Any]:
     ending = {"html": ".html", "graphml": ".graphml", "gexf": ".gexf",
               "native": ".safetensors"}.get(name, ".json")  # fmt: skip

@@ -246,7 +246,7 @@ class AlignedAttribution:
                 pairs=document["pairs"],
             )
             _check(found)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FileError(f"{path} is damaged: {error!r}") from error
         return found
 

@@ -69,7 +69,7 @@ def read(data: bytes) -> nx.DiGraph[Any] | Attribution:
         raise Damaged(f"it holds a {kind!r}; expected a graph or an attribution")
     try:
         return unpack(document, _Tensors(tensors))
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         # The digests held, so it was written like this: by another program, or another version.
         raise Damaged(f"its {kind} is incomplete: {type(error).__name__}: {error}") from error
 

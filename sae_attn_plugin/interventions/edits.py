@@ -410,7 +410,7 @@ def _fix(edit: Any) -> None:
         if hasattr(edit, key):
             try:
                 value = float(getattr(edit, key))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 value = math.nan
             if not math.isfinite(value):
                 raise InputError(

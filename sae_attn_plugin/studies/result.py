@@ -97,7 +97,7 @@ def load_study(path: str | Path) -> Study:
             for name, part in document["tables"].items()
         }
         return Study(document["name"], document["settings"], tables)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
