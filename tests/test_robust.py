@@ -68,8 +68,10 @@ def test_saes_whose_numbers_overflow_are_named() -> None:
         late.b_enc[3], late.W_dec[3] = 1e25, 1e25
     with pytest.raises(sap.InputError, match=r"exp\(r_mag\)"):
         sap.FeatureLens(model, [gated])
-    for sae in (plain, late):
-        with pytest.raises(sap.InputError, match="its reconstruction holds NaN or infinity"):
+    for sae, layer in ((plain, 1), (late, 2)):
+        with pytest.raises(
+            sap.InputError, match=f"layer {layer}, .*reconstruction holds NaN or inf"
+        ):
             sap.FeatureLens(model, [sae]).run([[3, 1, 4, 1, 5]]).attribute(sap.Logit(5))
 
 

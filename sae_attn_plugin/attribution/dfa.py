@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _AT_ONCE = 2**18  # numbers multiplied at once: they stay in the cache
-_SEVERAL = 4  # features from which on one product for all is faster than one sum for each
+_SEVERAL = 8  # features from which on one product for all is faster than one sum for each
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,8 +166,8 @@ def _error(value: Tensor, reconstruction: Tensor, dictionary: Dictionary) -> Ten
     error = value - reconstruction
     if not torch.isfinite(error).all():
         raise InputError(
-            f"{dictionary.sae_id}: its reconstruction holds NaN or infinity on this prompt, though "
-            "none of its parameters does; some are too large"
+            f"layer {dictionary.layer}, {dictionary.sae_id}: the reconstruction holds NaN or "
+            "infinity on this prompt, though none of the parameters does; some are too large"
         )
     return error
 

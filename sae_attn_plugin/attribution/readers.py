@@ -132,17 +132,15 @@ def z_readers(
     assert dictionary is not None
     assert encoded is not None
     encoder, c = dictionary.read(unique, layer.z.dtype)
-    c = c[row]
-    scale = dictionary.input_scale(encoded.scale)[positions, 0]
+    c, scale = c[row], z_scale(layer)[positions, 0]
     if dictionary.reads == "z":
         value = c + (encoder[row] * layer.z[positions]).sum((-2, -1)) / scale
     else:
         assert layer.attn_out is not None
-        value = c + (encoder[row] * layer.attn_out[positions]).sum(-1) / scale
+        input_scale = dictionary.input_scale(encoded.scale)[positions, 0]
+        value = c + (encoder[row] * layer.attn_out[positions]).sum(-1) / input_scale
         if layer.post_bias is not None:
-            c = c + (encoder @ layer.post_bias)[row] / scale
-        if layer.post_scale is not None:
-            scale = scale * layer.post_scale[positions, 0]
+            c = c + (encoder @ layer.post_bias)[row] / input_scale
         c = c + (layer.before(encoder) @ layer.weights.b_O)[row] / scale
         encoder = through_output(layer, encoder)
     scaled = dictionary.normalisation != "none" or layer.post_scale is not None
