@@ -404,10 +404,10 @@ def test_every_field_of_json_files_with_something_else(ending: str) -> None:
 
 
 def test_numbers_beyond_what_tables_hold() -> None:
-    document = _replaced(
-        json.loads(_written(".study.json")), ("tables", "main", "rows", 1, 0), -(2**63) - 1, False
-    )
-    assert outcome(lambda: _read(".study.json", json.dumps(document).encode())) is None
+    document, at = json.loads(_written(".study.json")), ("tables", "main", "rows", 1, 0)
+    for number in (2**63, -(2**63) - 1):
+        data = json.dumps(_replaced(document, at, number, False)).encode()
+        assert outcome(lambda data=data: _read(".study.json", data)) is None
     assert outcome(lambda: _demo_run().attribute(sap.Logit(5), weights=[10**400])) is None
     assert outcome(lambda: sap.ScaleFeature(0, 1, 2, 10**400)) is None
 

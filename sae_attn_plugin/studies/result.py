@@ -93,6 +93,7 @@ def load_study(path: str | Path) -> Study:
             name: pd.DataFrame(
                 [_cells(row, len(part["columns"])) for row in part["rows"]],
                 columns=list(part["columns"]),
+                dtype=object,  # else pandas takes what is beyond int64 as uint64, and then wraps it
             ).astype(part["columns"])
             for name, part in document["tables"].items()
         }
