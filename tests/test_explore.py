@@ -442,7 +442,7 @@ def test_fifty_at_once_then_killed_then_started_anew(tmp_path: Path, record_prop
             return client.ask(one[0], **one[1])
 
         rounds, memory = [], []
-        for _ in range(2):
+        for _ in range(3):
             with ThreadPoolExecutor(50) as pool:
                 rounds.append(list(pool.map(ask, questions)))
             memory.append(resident(running.pid))
