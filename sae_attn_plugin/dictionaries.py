@@ -228,19 +228,26 @@ class Dictionary:
 
         With ``layer_norm`` the rows are centred, since the mean is linear in the input.
         """
-        rows = self.W_enc.index_select(1, features).T.to(dtype)
-        if self.encoder_scale is not None:
-            rows = rows * self.encoder_scale[features, None].to(dtype)
-        constant = self.b_enc[features].to(dtype)
+        rows = self._rows(features, dtype)
+        constant = self.b_enc.index_select(0, features).to(dtype)
         if self.b_in is not None:
             constant = constant - rows @ self.b_in.to(dtype)
-        if self.normalisation == "layer_norm":
-            rows = rows - rows.mean(-1, keepdim=True)
-        return rows.unflatten(-1, self.input_shape), constant
+        return self._split(rows), constant
 
     def encoder(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n ..."]:
         """The rows of :meth:`read` alone."""
-        return self.read(features, dtype)[0]
+        return self._split(self._rows(features, dtype))
+
+    def _rows(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n d_in"]:
+        rows = self.W_enc.index_select(1, features).T.to(dtype)
+        if self.encoder_scale is not None:
+            rows = rows * self.encoder_scale.index_select(0, features)[:, None].to(dtype)
+        return rows
+
+    def _split(self, rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n ..."]:
+        if self.normalisation == "layer_norm":
+            rows = rows - rows.mean(-1, keepdim=True)
+        return rows.unflatten(-1, self.input_shape)
 
     def constants(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
         """The constants of :meth:`read` alone."""
@@ -256,7 +263,7 @@ class Dictionary:
 
     def decoder(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n ..."]:
         """Decoder rows, before the normalisation's output scale."""
-        rows = self.W_dec[features].to(dtype)
+        rows = self.W_dec.index_select(0, features).to(dtype)
         if self.decoder_scale is not None:
             rows = rows * self.decoder_scale[features, None].to(dtype)
         return rows.unflatten(-1, self.shape)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenLayer
 from sae_attn_plugin.attribution.writers import WriterTable
-from sae_attn_plugin.backends.protocol import Norm
 from sae_attn_plugin.backends.scores import ScoreWeights
 from sae_attn_plugin.errors import BackendError, InputError
 
@@ -74,8 +73,7 @@ class FrozenScores:
 
     def capped(self, score: Tensor) -> Tensor:
         """What the softmax gets."""
-        cap = self.weights.soft_cap
-        return score if cap is None else cap * (score / cap).tanh()
+        return self.weights.capped(score)
 
     def visible(self, query: int) -> Tensor:
         """``[key]``: keys up to ``query`` that any head of the layer gives any weight."""
@@ -170,13 +168,7 @@ def freeze_scores(
     dtype, device = layer.z.dtype, layer.z.device
     w = weights.to(dtype, device)
     x = layer.weights.norm.apply(resid_pre.to(device, dtype), layer.scale)
-    q = torch.einsum("pd,hde->phe", x, w.W_Q) + w.b_Q
-    k = torch.einsum("pd,hde->phe", x, w.W_K) + w.b_K
-    q, q_scale = _normalised(w.q_norm, q)
-    k, k_scale = _normalised(w.k_norm, k)
-    if w.rotary is not None:
-        everywhere = torch.arange(len(x), device=device)[:, None]
-        q, k = w.rotary.rotate(q, everywhere), w.rotary.rotate(k, everywhere)
+    (q, q_scale), (k, k_scale) = w.queries(x), w.keys(x)
     return FrozenScores(number, layer, w, q, k, q_scale, k_scale)
 
 
@@ -569,20 +561,6 @@ def score_reader(scores: FrozenScores, head: int, query: int, key: int, side: Si
 
 
 # -- arithmetic ----------------------------------------------------------------------------------
-
-
-def _normalised(
-    norm: Norm | None, x: Float[Tensor, "position head d"]
-) -> tuple[Tensor, Tensor | None]:
-    """Queries or keys through their own norm, and its scale ``[position, head or 1, 1]``."""
-    if norm is None:
-        return x, None
-    over_all = norm.weight is not None and len(norm.weight) != x.shape[-1]
-    if over_all:
-        scale = norm.scale(x.flatten(-2))
-        return norm.apply(x.flatten(-2), scale).unflatten(-1, x.shape[-2:]), scale[:, None]
-    scale = norm.scale(x)
-    return norm.apply(x, scale), scale
 
 
 def _at(scale: Float[Tensor, "position head 1"], position: int, head: int) -> Tensor:

@@ -56,6 +56,8 @@ _TARGETS_LEAN = 2 * _TARGETS
 _READERS = 1024
 # The part of a memory budget that work in flight may take, and what it can use at all.
 _WORK_SHARE, _WORK_BYTES = 5, 256 * 2**20
+# Numbers added up before the sum is continued in float64.
+_FEW = 16
 # What a target and a node cost on the host, whatever the edges; and what a single edge costs
 # besides its weight: its row and its source.
 _ROW_BYTES, _NODE_BYTES, _EDGE_BYTES = 96, 48, 8
@@ -245,15 +247,15 @@ class _Batch:
         self.abs_sum = weight.abs().sum(1, dtype=torch.float64)
         self.source, self.weight = source, weight
 
-    def leave(self) -> tuple[list[Block | Loose], np.ndarray]:
+    def leave(self) -> tuple[list[Block | Loose], Tensor]:
         """The edges on the host, and their sum for each target."""
-        sums = np.zeros(self.n_targets)
+        sums = torch.zeros(self.n_targets, dtype=torch.float64)
         if self.blocks is not None:
             blocks: list[Block | Loose] = []
             for block in self.blocks:
                 weight = block.weight.numpy(force=True)
                 blocks.append(Block(self.first + block.begin, block.columns, weight))
-                sums[block.begin :] += weight.sum(0, dtype=np.float64)
+                sums[block.begin :] += _column_sums(torch.from_numpy(weight))
             return blocks, sums
         assert self.source is not None
         assert self.weight is not None
@@ -262,7 +264,15 @@ class _Batch:
         row = np.arange(self.first, self.first + len(weight), dtype=np.int32)
         live = weight != 0
         row = np.repeat(row, np.count_nonzero(live, axis=1))
-        return [Loose(row, source[live], weight[live])], weight.sum(1, dtype=np.float64)
+        sums += torch.from_numpy(weight).sum(1, dtype=torch.float64)
+        return [Loose(row, source[live], weight[live])], sums
+
+
+def _column_sums(weight: Float[Tensor, "column target"]) -> Float[Tensor, " target"]:
+    """In float64. Sums of a few are formed as they stand: converting every number costs more."""
+    few = len(weight) // _FEW * _FEW
+    sums = weight[:few].view(-1, _FEW, weight.shape[1]).sum(1).sum(0, dtype=torch.float64)
+    return sums + weight[few:].sum(0, dtype=torch.float64)
 
 
 def _strongest(weight: Tensor, keep: int) -> Tensor:
@@ -335,7 +345,7 @@ class _Rows:
     ) -> Flow:
         """Everything to the host."""
         pieces: list[Block | Loose] = []
-        in_sum: list[np.ndarray] = []
+        in_sum: list[Tensor] = []
         abs_sum = torch.cat([batch.abs_sum for batch in self.batches]).numpy(force=True)
         own = torch.cat([batch.own for batch in self.batches], dim=1).numpy(force=True)
         for i in range(len(self.batches)):
@@ -347,7 +357,7 @@ class _Rows:
             target=np.concatenate(self.target),
             depth=np.concatenate(self.depth),
             pieces=tuple(pieces),
-            in_sum=np.concatenate(in_sum),
+            in_sum=torch.cat(in_sum).numpy(),
             abs_sum=abs_sum,
             constant=own[0],
             value=own[1],

@@ -81,7 +81,7 @@ class ReaderSet:
         """
         layer, at = self.layer, self.position[piece]
         if self.which is None:
-            pattern = layer.pattern[:, at, :n_sources].transpose(0, 1)
+            pattern = layer.pattern[:, :, :n_sources].index_select(1, at).transpose(0, 1)
         else:
             pattern = layer.pattern[self.which[piece], at, :n_sources][:, None]
         if self.input_scale is not None:
@@ -134,17 +134,27 @@ def z_readers(
     encoder, c = dictionary.read(unique, layer.z.dtype)
     c, scale = c[row], z_scale(layer)[positions, 0]
     if dictionary.reads == "z":
-        value = c + (encoder[row] * layer.z[positions]).sum((-2, -1)) / scale
+        value = c + _dot(encoder.flatten(1), row, layer.z.flatten(1), positions) / scale
     else:
         assert layer.attn_out is not None
         input_scale = dictionary.input_scale(encoded.scale)[positions, 0]
-        value = c + (encoder[row] * layer.attn_out[positions]).sum(-1) / input_scale
+        value = c + _dot(encoder, row, layer.attn_out, positions) / input_scale
         if layer.post_bias is not None:
             c = c + (encoder @ layer.post_bias)[row] / input_scale
         c = c + (layer.before(encoder) @ layer.weights.b_O)[row] / scale
         encoder = through_output(layer, encoder)
     scaled = dictionary.normalisation != "none" or layer.post_scale is not None
     return ZReaders(encoder, scale if scaled else None, c, value)
+
+
+def _dot(
+    left: Float[Tensor, "a d"],
+    i: Int[Tensor, " target"],
+    right: Float[Tensor, "b d"],
+    j: Int[Tensor, " target"],
+) -> Float[Tensor, " target"]:
+    """``(left[i] * right[j]).sum(-1)``; indexing with a tensor takes five times as long."""
+    return left.index_select(0, i).mul_(right.index_select(0, j)).sum(-1)
 
 
 def through_output(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae_attn_plugin.backends.architectures import (
@@ -100,6 +100,57 @@ class ScoreWeights:
                 cos, sin = value.cos.to(device, dtype), value.sin.to(device, dtype)
                 changed[name] = Rotary(cos, sin, value.adjacent)
         return replace(self, **changed)
+
+
+    def queries(
+        self, x: Float[Tensor, "... position d_model"], scale: Tensor | None = None
+    ) -> tuple[Float[Tensor, "... position head d_head"], Tensor | None]:
+        """Queries, normalised and rotated, and the scale of their own norm, if they have one.
+
+        Args:
+            x: the normalised residual stream. scale: of that norm, where it is held.
+        """
+        return self._finish(x, self.W_Q, self.b_Q, self.q_norm, scale)
+
+    def keys(
+        self, x: Float[Tensor, "... position d_model"], scale: Tensor | None = None
+    ) -> tuple[Float[Tensor, "... position n_kv d_head"], Tensor | None]:
+        """The same of keys."""
+        return self._finish(x, self.W_K, self.b_K, self.k_norm, scale)
+
+    def _finish(
+        self, x: Tensor, W: Tensor, b: Tensor, norm: Norm | None, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        out = torch.einsum("...pd,hde->...phe", x, W) + b
+        if norm is not None:
+            # a weight for all heads is one of them together
+            whole = norm.weight is not None and len(norm.weight) != out.shape[-1]
+            flat = out.flatten(-2) if whole else out
+            if scale is None:
+                scale = norm.scale(flat).unsqueeze(-2) if whole else norm.scale(flat)
+            flat = norm.apply(flat, scale.squeeze(-2) if whole else scale)
+            out = flat.unflatten(-1, out.shape[-2:]) if whole else flat
+        if self.rotary is not None:
+            out = self.rotary.rotate(out, torch.arange(x.shape[-2], device=x.device)[:, None])
+        return out, None if norm is None else scale
+
+    def capped(self, score: Tensor) -> Tensor:
+        """Scores as the soft-cap leaves them."""
+        return score if self.soft_cap is None else self.soft_cap * (score / self.soft_cap).tanh()
+
+    def pattern(
+        self,
+        q: Float[Tensor, "... query d_head"],
+        k: Float[Tensor, "... key d_head"],
+        head: int,
+        visible: Bool[Tensor, "... query key"],
+    ) -> Float[Tensor, "... query key"]:
+        """Attention weights of one head from its queries and keys."""
+        scores = self.capped(self.scale * (q @ k.transpose(-1, -2)))
+        if self.alibi_slopes is not None:
+            at = torch.arange(q.shape[-2], device=q.device)
+            scores = scores + self.alibi_slopes[head] * (at - at[:, None])
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
 def need_plain_norm(norm: Norm, who: str) -> Norm:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,38 @@ def peak_memory(call: Callable[[], Any]) -> int:
     (peak,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     del kept
     return max(0, peak * 1024 - before)
+
+
+def page_faults(call: Callable[[], Any]) -> int:
+    """Page faults of a call, after one that is not counted."""
+    call()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+# mallopt's numbers (malloc.h), and what glibc arrives at by itself where large blocks come and go.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_USUAL = {_MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 64 * 2**20, _MMAP_MAX: 65_536}
+
+
+def in_kept_memory(call: Callable[[], Any]) -> Any:
+    """Call with large tensors in memory that malloc keeps from call to call (glibc)."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_MMAP_MAX, 0)
+    try:
+        return call()
+    finally:
+        for name, value in _USUAL.items():
+            libc.mallopt(name, value)
+
+
+def in_fresh_memory(call: Callable[[], Any]) -> Any:
+    """Call with large tensors in pages new from the system (glibc): a new thread's heap has no hole
+    to put them in."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def resident() -> tuple[int, int]:
