@@ -53,6 +53,7 @@ from sae_attn_plugin.backends.protocol import (
     check_mlps,
     uncapped_logits,
 )
+from sae_attn_plugin.backends.scores import need_scores
 from sae_attn_plugin.dictionaries import (
     Dictionary,
     Encoded,
@@ -62,7 +63,7 @@ from sae_attn_plugin.dictionaries import (
     place_mlp,
     place_residual,
 )
-from sae_attn_plugin.errors import InputError, UnsupportedError
+from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.fingerprints import fingerprint, model_fingerprint, source_of
 from sae_attn_plugin.graphs.aligned import AlignedAttribution, Aligner
 from sae_attn_plugin.heads import fit
@@ -412,10 +413,17 @@ class FeatureLens:
         *,
         sources: Mapping[str, Run | Dataset] | None = None,
         max_new_tokens: int = 0,
+        patterns: Sequence[int] = (),
     ) -> apply.InterventionResult:
         """Run the model again with edits; see :func:`interventions.apply.intervene`."""
         return apply.intervene(
-            self, run, edits, freeze, sources=sources, max_new_tokens=max_new_tokens
+            self,
+            run,
+            edits,
+            freeze,
+            sources=sources,
+            max_new_tokens=max_new_tokens,
+            patterns=patterns,
         )
 
     def intervene_dataset(
@@ -871,12 +879,7 @@ class Run:
         """Queries and keys of a layer, kept for the next question."""
         if layer not in self._scores_by_layer:
             backend, capture = self.lens.backend, self._one.capture
-            if not hasattr(backend, "score_weights"):
-                raise UnsupportedError(
-                    f"the backend {backend.host!r} gives no queries and keys: it has no "
-                    "score_weights(layer, n_positions)"
-                )
-            weights = backend.score_weights(layer, self.tokens.shape[1])
+            weights = need_scores(backend, layer, self.tokens.shape[1])
             self._scores_by_layer[layer] = freeze_scores(
                 layer, self.frozen.layers[layer], weights, capture["resid_pre", layer][0]
             )

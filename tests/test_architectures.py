@@ -594,11 +594,16 @@ def test_remote_gives_the_same_graph_and_interventions(name: str) -> None:
         ([], FREEZABLE),
         ([sap.AblateFeature(1, 3), sap.SetFeature(2, 5, -1, 2.0)], ()),
         ([sap.AblateFeature(0, 3)], ("patterns", "norms")),
+        ([sap.PatchEdge("attn_out:0", "query:2.1"), sap.PatchEdge("mlp:0", "key:2")], ("norms",)),
         ([sap.AddToStream(vector, 2), sap.AddToStream(vector, 3, "attn_out", 1)], ("norms", "mlp")),
     ):
         one, other = (run.lens.intervene(run, edits, freeze) for run in (here, there))
         torch.testing.assert_close(one.logits, other.logits, atol=0, rtol=0)
         torch.testing.assert_close(one.effect(TARGET), other.effect(TARGET), atol=0, rtol=0)
+    edits = [sap.PatchEdge("attn_out:0", "query:2.1"), sap.Steer(2, 3, 4, 1.0)]
+    one, other = (run.lens.intervene(run, edits, patterns=[2]) for run in (here, there))
+    torch.testing.assert_close(one.patterns[2], other.patterns[2], atol=0, rtol=0)
+    torch.testing.assert_close(one.read["attn", 2], other.read["attn", 2], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk_rescaled", "gated"])

@@ -64,7 +64,7 @@ def test_positions_of_a_data_set_become_plain() -> None:
         (lambda: sap.AblateFeature(1, 3, kind="mlp"), "kind must be one of attn, tc, mlp_sae"),  # type: ignore[arg-type]
         (lambda: sap.PatchSite("pattern", 1), "cannot patch 'pattern'; known: embed"),  # type: ignore[arg-type]
         (lambda: sap.PatchEdge("attn:0", "final"), "not a writer"),
-        (lambda: sap.PatchEdge("attn:0:1", "query:1.2"), "not a reader"),
+        (lambda: sap.PatchEdge("attn:0:1", "pattern:1.2"), "not a reader"),
         (lambda: sap.PatchEdge("attn_bias:0", "final", to=sap.Mean()), "only be taken away"),
         (lambda: sap.PatchEdge("embed", "value:1", reader_position=2), "only a feature has"),
         (lambda: sap.PatchEdge.between("embed@1", "mlp:1@2"), "reads nothing"),

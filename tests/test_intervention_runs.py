@@ -290,6 +290,10 @@ def test_path_patching_is_a_changed_input_of_one_reader(model: str) -> None:
     readers: list[tuple[str, str, Any]] = [
         ("value:2.1", "blocks.2.hook_v_input", (*where, 1)),
         ("value:2", "blocks.2.hook_v_input", (*where, slice(None))),
+        ("query:2.4", "blocks.2.hook_q_input", (*where, 4)),
+        ("query:1", "blocks.1.hook_q_input", (*where, slice(None))),
+        ("key:2", "blocks.2.hook_k_input", (*where, slice(None))),
+        ("key:2.3", "blocks.2.hook_k_input", (*where, 3)),
         ("mlp:1", "blocks.1.hook_mlp_in", where),
         ("final", "ln_final", where),
     ]

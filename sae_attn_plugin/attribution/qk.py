@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenLayer
 from sae_attn_plugin.attribution.writers import WriterTable
-from sae_attn_plugin.backends.scores import ScoreWeights
-from sae_attn_plugin.errors import BackendError, InputError
+from sae_attn_plugin.backends.scores import ScoreWeights, check_weights
+from sae_attn_plugin.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,22 +182,8 @@ def check_pattern(scores: FrozenScores, query: int, model_dtype: torch.dtype, wh
     pattern = scores.frozen.pattern[:, query, : query + 1][:, visible]
     row = scores.rows(query)[:, visible]
     got = scores.capped(row).softmax(-1)
-    # Attention sinks leave rows that sum to less than 1; where they look is the same.
-    expected = pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-30)
-    error = float((got - expected).abs().max())
-    # What rounding a score costs: a difference in the score is at most that in the pattern.
-    allowed = 1e-3 + 4 * torch.finfo(model_dtype).eps * float(row.abs().max())
-    if not error <= allowed:
-        w = scores.weights
-        raise BackendError(
-            f"{who}: the scores of layer {scores.layer} do not give the model's attention pattern "
-            f"at position {query} (largest difference {error:.3g}, allowed {allowed:.3g}), so they "
-            f"are not attributed. Read here: rotary positions "
-            f"{'none' if w.rotary is None else repr(w.rope)}, "
-            f"scale {w.scale:.6g}, soft-cap {w.soft_cap}, norms of queries and keys "
-            f"{'yes' if w.q_norm is not None else 'no'}. If the architecture does something else, "
-            "describe it with sap.register_architecture(...)"
-        )
+    where = f"{who}, layer {scores.layer}, position {query}"
+    check_weights(got, pattern, float(row.abs().max()), scores.weights, model_dtype, where)
 
 
 def check_score(scores: FrozenScores, head: int, query: int, key: int) -> None:

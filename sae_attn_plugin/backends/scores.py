@@ -20,9 +20,9 @@ from sae_attn_plugin.backends.architectures import (
     read_matrix,
     read_norm,
 )
-from sae_attn_plugin.backends.protocol import Geometry, Norm
+from sae_attn_plugin.backends.protocol import Backend, Geometry, Norm
 from sae_attn_plugin.backends.walk import submodule
-from sae_attn_plugin.errors import UnsupportedError
+from sae_attn_plugin.errors import BackendError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,6 @@ class ScoreWeights:
                 changed[name] = Rotary(cos, sin, value.adjacent)
         return replace(self, **changed)
 
-
     def queries(
         self, x: Float[Tensor, "... position d_model"], scale: Tensor | None = None
     ) -> tuple[Float[Tensor, "... position head d_head"], Tensor | None]:
@@ -151,6 +150,53 @@ class ScoreWeights:
             at = torch.arange(q.shape[-2], device=q.device)
             scores = scores + self.alibi_slopes[head] * (at - at[:, None])
         return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+
+
+def need_scores(backend: Backend, layer: int, n_positions: int) -> ScoreWeights:
+    """The score weights of a layer from a host that has them.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    if not hasattr(backend, "score_weights"):
+        raise UnsupportedError(
+            f"the backend {backend.host!r} gives no queries and keys: it has no "
+            "score_weights(layer, n_positions)"
+        )
+    return backend.score_weights(layer, n_positions)
+
+
+def check_weights(
+    got: Tensor,
+    pattern: Tensor,
+    largest: float,
+    weights: ScoreWeights,
+    model_dtype: torch.dtype,
+    who: str,
+) -> None:
+    """Check that scores give a model's attention pattern.
+
+    Args:
+        got: attention weights from the scores; pattern: the model's, over the same keys.
+        largest: score. who: model, host, layer and position, for the message.
+
+    Raises:
+        BackendError: they do not: some part of this model's scores is not known here.
+    """
+    # Attention sinks leave rows that sum to less than 1; where they look is the same.
+    expected = pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-30)
+    error = float((got - expected).abs().max())
+    # What rounding a score costs: a difference in the score is at most that in the pattern.
+    allowed = 1e-3 + 4 * torch.finfo(model_dtype).eps * largest
+    if not error <= allowed:
+        raise BackendError(
+            f"{who}: the scores do not give the model's attention pattern (largest difference "
+            f"{error:.3g}, allowed {allowed:.3g}), so they are not used. Read here: rotary "
+            f"positions {'none' if weights.rotary is None else repr(weights.rope)}, "
+            f"scale {weights.scale:.6g}, soft-cap {weights.soft_cap}, norms of queries and keys "
+            f"{'yes' if weights.q_norm is not None else 'no'}. If the architecture does something "
+            "else, describe it with sap.register_architecture(...)"
+        )
 
 
 def need_plain_norm(norm: Norm, who: str) -> Norm:

@@ -22,6 +22,7 @@ from sae_attn_plugin.backends.protocol import (
     uncapped_logits,
 )
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
+from sae_attn_plugin.backends.scores import ScoreWeights, check_weights, need_scores
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.edits import (
@@ -70,6 +71,7 @@ class InterventionResult:
         values: every site that was read.
         feature_edits: likewise, the edits of features, as :mod:`interventions.steps` takes them.
         held: by frozen part, the layers where it was held.
+        patterns: by layer, those asked for: ``[batch, head, query, key]`` after the edits.
         generated, clean_generated: ``[batch, new]`` ids that the edited and the clean model
             continued with; empty unless asked for.
     """
@@ -81,6 +83,9 @@ class InterventionResult:
     values: Mapping[Site, Tensor] = field(repr=False)
     feature_edits: Mapping[tuple[str, int], list[Any]] = field(default_factory=dict, repr=False)
     held: Mapping[str, frozenset[int]] = field(default_factory=dict, repr=False)
+    patterns: Mapping[int, Float[Tensor, "batch head query key"]] = field(
+        default_factory=dict, repr=False
+    )
     generated: Int[Tensor, "batch new"] | None = None
     clean_generated: Int[Tensor, "batch new"] | None = None
 
@@ -102,6 +107,7 @@ class InterventionResult:
                 for key, edits in self.feature_edits.items()
             },
             values={site: value[part] for site, value in self.values.items()},
+            patterns={layer: pattern[part] for layer, pattern in self.patterns.items()},
             generated=None if new is None else new[part],
             clean_generated=None if old is None else old[part],
         )
@@ -213,7 +219,8 @@ class InterventionResult:
         if not isinstance(target, Feature | Logit | LogitDiff):
             raise InputError(
                 f"an intervention measures a Feature, Logit or LogitDiff, not {target!r}; "
-                "attention scores and directions are not read"
+                "attention scores and directions are not read (patterns=[layer] gives attention "
+                "weights)"
             )
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
@@ -239,8 +246,8 @@ class InterventionResult:
 class UnequalResult(InterventionResult):
     """Results of prompts of unequal length, side by side; ``result[i]`` is the result of one.
 
-    ``logits``, ``z`` and ``values`` would need padding and are not there; what is one number per
-    prompt is.
+    ``logits``, ``z``, ``values`` and ``patterns`` would need padding and are not there; what is one
+    number per prompt is.
     """
 
     def __init__(self, clean: UnequalRun, results: Sequence[InterventionResult]) -> None:
@@ -249,7 +256,7 @@ class UnequalResult(InterventionResult):
             object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("logits", "z", "values"):
+        if name in ("logits", "z", "values", "patterns"):
             raise InputError(
                 f"the prompts of this result differ in length, so {name} makes no rectangle; pick "
                 "one: result[i]"
@@ -291,6 +298,7 @@ def intervene(
     *,
     sources: Mapping[str, Any] | None = None,
     max_new_tokens: int = 0,
+    patterns: Iterable[int] = (),
     reads: Iterable[Site] = (),
 ) -> InterventionResult:
     """Run the model again with edits.
@@ -308,6 +316,8 @@ def intervene(
         max_new_tokens: continue every prompt by so many most likely tokens, with and without the
             edits. Edits without a position act on new tokens too; what is frozen is held over the
             prompt and live after it.
+        patterns: layers whose attention patterns to keep; those of heads whose queries or keys an
+            edge changes are the changed ones.
         reads: further sites to keep in ``values``.
 
     Raises:
@@ -321,11 +331,12 @@ def intervene(
     for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(f"expected an edit such as AblateFeature(...), got {edit!r}")
+    layers = [run._resolve_any_layer(layer) for layer in patterns]
     parts = equal_parts(run)
     found: dict[int, InterventionResult] = {}
     for members, part in parts:
         plan = _Plan(lens, part, held, edits, given, members, len(run))
-        result = plan.run_once(max_new_tokens, reads)
+        result = plan.run_once(max_new_tokens, reads, layers)
         if len(parts) == 1:
             return result
         found |= {i: result[k] for k, i in enumerate(members)}
@@ -391,13 +402,18 @@ class _Plan:
         self.watched: set[tuple[str, int]] = set()
         self.steps: defaultdict[Site, list[SiteEdit]] = defaultdict(list)
         self.members, self.total, self.sources = members, total, sources
+        self._known_scores: set[int] = set()
         self.edits = [self._resolve(edit) for edit in edits]
 
     # -- running ---------------------------------------------------------------------------------
 
-    def run_once(self, max_new_tokens: int, more: Iterable[Site] = ()) -> InterventionResult:
-        reads = list(dict.fromkeys([*more, *self._reads()]))
+    def run_once(
+        self, max_new_tokens: int = 0, more: Iterable[Site] = (), patterns: Sequence[int] = ()
+    ) -> InterventionResult:
+        wanted = [Site("pattern", layer) for layer in patterns]
+        reads = list(dict.fromkeys([*more, *wanted, *self._reads()]))
         found = self.forward(self.run.tokens, reads)
+        seen = {layer: self._pattern_of(layer, found) for layer in patterns}
         generated = clean = None
         if max_new_tokens:
             n_ctx, length = self.g.n_ctx, self.run.tokens.shape[1]
@@ -420,6 +436,7 @@ class _Plan:
             values=found,
             feature_edits=self._feature_edits(),
             held=self.held,
+            patterns=seen,
             generated=generated,
             clean_generated=clean,
         )
@@ -456,14 +473,35 @@ class _Plan:
         """What a dictionary reads, before the edits of its own features."""
         layer, edited = dictionary.layer, self._feature_edits()
         if dictionary.reads == "z" and ("attn", layer) in edited:
-            return self._z_as_read(layer, found)
+            before = self.seen.get(("before", "attn", layer))
+            return self._z_as_read(layer, found) if before is None else before
         if dictionary.kind == "mlp_sae" and ("mlp_sae", layer) in edited:
             # What the MLP wrote cannot be had again from what it writes now.
             return self.seen.get(("before", "mlp_sae", layer), found[Site("mlp_out", layer)])
         return read_by(self.run, dictionary, found, self.held)
 
+    def _pattern_of(self, layer: int, found: Mapping[Site, Tensor]) -> Tensor:
+        """Attention weights after the edits."""
+        if self._holds("patterns", layer):
+            return self.clean["pattern", layer]
+        pattern = found[Site("pattern", layer)].clone()
+        for head in self._heads_with_new_patterns(layer):
+            if ("pattern", layer, head) not in self.seen:
+                raise UnsupportedError(
+                    f"the pattern of head {layer}.{head}, whose query or key an edge changes, does "
+                    "not come back from a remote model"
+                )
+            pattern[:, head] = self.seen["pattern", layer, head].to(pattern)
+        return pattern
+
     def _z_as_read(self, layer: int, found: Mapping[Site, Tensor]) -> Tensor:
-        """z before the edits of the layer's dictionary, and after those of heads before them."""
+        """z before the edits of the layer's dictionary, and after those of heads before them, where
+        it was not seen: a remote model sends sites back and nothing else."""
+        if self._changes_z(layer):
+            raise UnsupportedError(
+                f"layer {layer}: edits of features together with an edge into single heads of the "
+                "same layer do not run on a remote model, which does not say what the features read"
+            )
         held = self._holds("patterns", layer)
         pattern = self.clean["pattern", layer] if held else found[Site("pattern", layer)]
         v = found[Site("v", layer)]
@@ -594,6 +632,15 @@ class _Plan:
                     raise InputError(f"the transcoder of layer {end.layer} has no skip connection")
             case "head" | "value":
                 self._check_head(end.layer, end.index or 0)
+            case "query" | "key":
+                self._check_head(end.layer, end.index or 0)
+                if self._holds("patterns", end.layer):
+                    raise InputError(
+                        f"{edit}: the patterns of layer {end.layer} are held, so what its queries "
+                        "and keys read changes nothing; leave them live: "
+                        f"Freeze('patterns', but=({end.layer},))"
+                    )
+                self._check_scores(end.layer)
             case "pos":
                 if not self.g.learned_positions:
                     raise InputError(
@@ -605,6 +652,34 @@ class _Plan:
                     raise InputError(f"{self.g.model_name} has no MLP: {edit}")
             case "attn_bias" | "attn_out":
                 self._check_layer(end.layer)
+
+    def _check_scores(self, layer: int) -> None:
+        """Whether the scores that are known here give the clean run's patterns."""
+        if layer in self._known_scores:
+            return
+        pattern = self.clean["pattern", layer].to(self.g.device, self.dtype)
+        who = f"{self.g.model_name} on {self.lens.backend.host}, layer {layer}"
+        if float((pattern.sum(-1) - 1).abs().max()) > 1e-2:
+            raise UnsupportedError(
+                f"{who}: attention weights of a query do not sum to 1 (attention sinks), so edges "
+                "into queries and keys are not known; edges into values are"
+            )
+        weights, visible = self._scores(layer, self.run.tokens.shape[1]), steps.visible(pattern)
+        norm = self.lens.backend.layer_weights(layer).norm
+        x = self.clean["resid_pre", layer].to(self.g.device, self.dtype)
+        x = steps.norm_of(x, norm, None)
+        (q, _), (k, _) = weights.queries(x), weights.keys(x)
+        shared = q.shape[2] // k.shape[2]
+        for head in range(q.shape[2]):
+            one, other = q[:, :, head], k[:, :, head // shared]
+            got = weights.pattern(one, other, head, visible)
+            largest = weights.scale * float((one @ other.transpose(-1, -2)).abs().max())
+            check_weights(got, pattern[:, head], largest, weights, self.g.dtype, who)
+        self._known_scores.add(layer)
+
+    def _scores(self, layer: int, n_positions: int) -> ScoreWeights:
+        weights = need_scores(self.lens.backend, layer, n_positions)
+        return weights.to(self.dtype, self.g.device)
 
     def _check_order(self, edit: PatchEdge) -> None:
         """The reader must come after the writer."""
@@ -640,6 +715,7 @@ class _Plan:
             self._edit("resid_pre", layer, of_layer)
             self._edit("v", layer, of_layer)
             edits_of_z = self._read_values(of_layer, layer, weights, known)
+            edits_of_z += self._read_scores(of_layer, layer, weights, known)
             edits_of_z += self._steps("z", layer, of_layer, weights, known)
             for step in edits_of_z:
                 self.add("z", layer, step)
@@ -775,6 +851,7 @@ class _Plan:
         reading."""
         made: list[SiteEdit] = []
         pending: list[Any] = []
+        seen: set[Any] = set()
         dictionary = self._dictionary_of(site, layer)
 
         def flush() -> None:
@@ -787,8 +864,10 @@ class _Plan:
             edit, step = r.edit, None
             if isinstance(edit, OF_FEATURES):
                 if dictionary is not None and edit.kind == dictionary.kind:
-                    if dictionary.kind == "mlp_sae" and not pending:
-                        made.append(steps.see(self.seen, ("before", "mlp_sae", layer)))  # type: ignore[arg-type]
+                    before: Any = ("before", dictionary.kind, layer)
+                    if dictionary.kind != "tc" and before not in seen:
+                        seen.add(before)
+                        made.append(steps.see_first(self.seen, before))
                     pending.append(_plain(r))
                 continue
             if isinstance(edit, AddToStream) and edit.site == site:
@@ -839,9 +918,31 @@ class _Plan:
             if isinstance(r.edit, PatchEdge):
                 end = r.edit.target
                 one_head = end.kind == "value" and end.index is not None and grouped
-                if (end.kind == "attn" or one_head) and not self._holds("patterns", end.layer):
+                asked = end.kind in ("attn", "query", "key") or one_head
+                if asked and not self._holds("patterns", end.layer):
                     layers.add(end.layer)
         return sorted(layers)
+
+    def _heads_with_new_patterns(self, layer: int) -> list[int]:
+        heads: set[int] = set()
+        for r in self.edits:
+            if isinstance(r.edit, PatchEdge):
+                end = r.edit.target
+                if end.kind in ("query", "key") and end.layer == layer:
+                    heads |= set(range(self.g.n_heads)) if end.index is None else {end.index}
+        return sorted(heads)
+
+    def _changes_z(self, layer: int) -> bool:
+        """Whether an edge into heads changes z of a layer by itself, and not its values."""
+        grouped = self.g.n_kv_heads != self.g.n_heads
+        own = ("query", "key", "value") if grouped else ("query", "key")
+        ends = [r.edit.target for r in self.edits if isinstance(r.edit, PatchEdge)]
+        return any(
+            end.layer == layer
+            and end.kind in own
+            and not (end.kind == "value" and end.index is None)
+            for end in ends
+        )
 
     def _change(self, r: _Resolved) -> tuple[Any, Tensor | None, Tensor | None]:
         """What an edge changes in the residual stream that its reader sees."""
@@ -941,6 +1042,63 @@ class _Plan:
                 group = head // (self.g.n_heads // self.g.n_kv_heads)
                 made.append(steps.change_head(moved, weights.W_V[group], pattern, head))
         return made
+
+    def _read_scores(
+        self,
+        edits: Sequence[_Resolved],
+        layer: int,
+        weights: LayerWeights,
+        pattern: Tensor | None,
+    ) -> list[SiteEdit]:
+        """Edges into queries and keys: at z, of which the heads' patterns are mixed anew."""
+        sides = ("query", "key", "value")
+        given: dict[str, defaultdict[int | None, list[Any]]] = {
+            side: defaultdict(list) for side in sides
+        }
+        for r in edits:
+            if isinstance(r.edit, PatchEdge) and r.edit.target.kind in sides:
+                given[r.edit.target.kind][r.edit.target.index].append(self._change(r))
+        heads = self._heads_with_new_patterns(layer)
+        if not heads or pattern is None:
+            return []
+        live, scale = self._stream(layer), self._held_scale("attn_in", layer, weights)
+        totals = {side: steps.total(given[side][None]) for side in sides if given[side][None]}
+        n_kv, grouped = self.g.n_kv_heads, self.g.n_kv_heads != self.g.n_heads
+        changes = []
+        for head in heads:
+            of_head: list[Any] = []
+            for side in ("query", "key"):
+                if own := given[side][head]:
+                    of_head.append(steps.total([*given[side][None], *own]))
+                else:
+                    of_head.append(totals.get(side))
+            value = None
+            if grouped and given["value"][head]:  # which are not in the group's values
+                moved = steps.normed_change(
+                    live, given["value"][None], given["value"][head], weights.norm, scale
+                )
+                value = moved, weights.W_V[head // (self.g.n_heads // n_kv)]
+            changes.append((head, *of_head, value))
+        scores, held = self._scores(layer, pattern.shape[-1]), (None, None)
+        if self._holds("norms", layer):
+            x = self.clean["resid_pre", layer].to(self.g.device, self.dtype)
+            x, n = steps.norm_of(x, weights.norm, None), self.run.tokens.shape[1]
+            of_clean = self._scores(layer, n)
+            held = of_clean.queries(x)[1], of_clean.keys(x)[1]
+        return [
+            steps.change_patterns(
+                self.seen,
+                live,
+                weights.norm,
+                scale,
+                scores,
+                held,
+                steps.visible(pattern),
+                self._watch("v", layer),
+                changes,
+                self.dtype,
+            )
+        ]
 
     def _read_feature(
         self,

@@ -127,7 +127,7 @@ def intervene_dataset(
             clean[members] = run.roles.score(run.logits).to(clean)
             for name, of_set in sets.items():
                 plan = _Plan(lens, run, held, of_set, given, members, n)
-                edited[name][members] = plan.run_once(0).metric.to(clean)
+                edited[name][members] = plan.run_once().metric.to(clean)
                 bar.update(len(members))
     results = {
         name: DatasetResult(clean, edited[name], tuple(of_set)) for name, of_set in sets.items()

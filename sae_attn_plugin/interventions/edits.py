@@ -62,9 +62,9 @@ _WRITER = re.compile(
     rf"|head:(?P<of>{_NUMBER})\.(?P<head>{_NUMBER}))"
 )
 _READER = re.compile(
-    rf"(?:(?P<whole>final)|(?P<part>value|mlp):(?P<at>{_NUMBER})"
+    rf"(?:(?P<whole>final)|(?P<part>query|key|value|mlp):(?P<at>{_NUMBER})"
     rf"|(?P<dictionary>attn|tc):(?P<layer>{_NUMBER}):(?P<feature>{_NUMBER})"
-    rf"|value:(?P<of>{_NUMBER})\.(?P<head>{_NUMBER}))"
+    rf"|(?P<side>query|key|value):(?P<of>{_NUMBER})\.(?P<head>{_NUMBER}))"
 )
 
 
@@ -248,16 +248,18 @@ class PatchEdge(Edit):
 
     The reader reads the residual stream with the writer's contribution at ``position`` taken away
     (``to=None``) or replaced; every other reader sees the writer as it is. The norm in front of the
-    reader has the scale of the changed stream, unless norms are frozen; patterns are those of the
-    run. With norms and patterns frozen the reader then changes by minus the edge of the attribution
-    graph.
+    reader has the scale of the changed stream, unless norms are frozen. Patterns are those of the
+    run, but for a head whose query or key reads: its scores are computed anew. With norms and
+    patterns frozen a value, a feature or a logit then changes by minus the edge of the attribution
+    graph, and with norms frozen a score does.
 
     Args:
         writer: ``attn:LAYER:FEATURE``, ``attn_err:LAYER``, ``attn_bias:LAYER``,
             ``head:LAYER.HEAD``, ``attn_out:LAYER`` (the whole block), ``mlp:LAYER``,
             ``tc:LAYER:FEATURE``, ``tc_err:LAYER``, ``tc_bias:LAYER``, ``tc_skip:LAYER``, the same
             with ``mlp_sae``, ``embed`` or ``pos``.
-        reader: ``value:LAYER.HEAD`` (the value input of a head), ``value:LAYER`` (of all heads),
+        reader: ``query:LAYER.HEAD``, ``key:LAYER.HEAD`` or ``value:LAYER.HEAD`` (that input of a
+            head), ``query:LAYER``, ``key:LAYER`` or ``value:LAYER`` (of all heads),
             ``attn:LAYER:FEATURE`` (the feature's pre-activation, through values), ``mlp:LAYER``,
             ``tc:LAYER:FEATURE``, or ``final`` (the unembedding).
         position: where the writer writes, which is where the reader reads.
@@ -305,7 +307,8 @@ class PatchEdge(Edit):
         """The edge of an attribution graph, from its two node ids.
 
         Raises:
-            InputError: not node ids, or a target that reads nothing.
+            InputError: not node ids, or a target that reads nothing. A score of which both sides
+                are followed is no single reader.
         """
         from sae_attn_plugin.nodes import Node
 
@@ -313,6 +316,16 @@ class PatchEdge(Edit):
         at = str(writer).rpartition("@")[0]
         if reader.kind in ("logit", "logit_diff", "direction"):
             return cls(at, "final", writer.position, to)
+        if reader.kind == "score":
+            if reader.label is None:
+                raise InputError(
+                    f"{target} reads as query and as key, which are two edges; follow one side: "
+                    "HeadScore(..., side='query')"
+                )
+            at_side = reader.position if reader.label == "query" else reader.key
+            if writer.position != at_side:
+                raise InputError(f"{target} does not read position {writer.position}")
+            return cls(at, f"{reader.label}:{reader.layer}.{reader.head}", writer.position, to)
         if reader.kind not in ("attn", "tc"):
             raise InputError(f"{target} reads nothing: expected a feature or a logit")
         return cls(
@@ -452,8 +465,7 @@ def _end(pattern: re.Pattern[str], text: str) -> End:
         return End(found["part"], int(found["at"]))
     if found["dictionary"]:
         return End(found["dictionary"], int(found["layer"]), int(found["feature"]))
-    kind = "head" if pattern is _WRITER else "value"
-    return End(kind, int(found["of"]), int(found["head"]))
+    return End(found.get("side") or "head", int(found["of"]), int(found["head"]))
 
 
 def _plain(value: Any) -> Any:

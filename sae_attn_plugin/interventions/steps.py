@@ -49,6 +49,16 @@ def see(seen: dict[Any, Tensor], site: tuple[str, int]) -> Any:
     return step
 
 
+def see_first(seen: dict[Any, Tensor], site: Any) -> Any:
+    """Keep the first value of a pass: edits of z are taken again where attention is held."""
+
+    def step(value):
+        seen.setdefault(site, value)
+        return value
+
+    return step
+
+
 def hold(held: Tensor) -> Any:
     """The clean run's value instead."""
 
@@ -472,6 +482,84 @@ def change_values(change: Any, W_V: Tensor, groups: list[int]) -> Any:
         v = v.clone()
         v[:, :, groups] += by_group.to(v)
         return v
+
+    return step
+
+
+def visible(pattern: Tensor) -> Tensor:
+    """``[prompt, query, key]``: the keys that a query may look at. A weight that rounds to zero in
+    every head is no mask: masks take away whole ends of the text, earlier ones from later queries.
+
+    Args:
+        pattern: ``[prompt, head, query, key]``.
+    """
+    seen = (pattern > 0).any(1)
+    keys = torch.arange(pattern.shape[-1], device=pattern.device)
+    first = torch.where(seen, keys, pattern.shape[-1]).amin(-1)
+    first = first.flip(-1).cummin(-1).values.flip(-1)
+    return (keys >= first[..., None]) & (keys <= keys[:, None])
+
+
+def change_patterns(
+    seen: dict[Any, Tensor],
+    live: Any,
+    norm: Any,
+    scale: Tensor | None,
+    weights: Any,
+    held: Any,
+    visible: Tensor,
+    v: tuple[str, int],
+    changes: list[Any],
+    dtype: Any,
+) -> Any:
+    """z of some heads after changes of what their queries and keys read; ``seen`` is given the new
+    patterns as ``("pattern", layer, head)``.
+
+    Args:
+        live: gives the stream; norm: what stands in front of attention; scale: its own, where held.
+        weights: of the layer's scores; held: the scales of its query and key norms, where held.
+        visible: ``[prompt, query, key]``.
+        v: the site of the live values.
+        changes: ``(head, query, key, value)`` each: what gives the changes of the stream that these
+            inputs of the head see, or None; of the value, those that are not in ``v``, through the
+            norm, with the W_V of the head.
+    """
+
+    def project(x, moved, side):
+        make = weights.queries if side == 0 else weights.keys
+        x = x if moved is None else x + moved().to(x)
+        x = norm_of(x, norm, scale)
+        made, own = make(x)
+        return made if held[side] is None else make(x, put(own, None, held[side]))[0]
+
+    def step(z):
+        n = visible.shape[-1]
+        x, known, z = live().to(dtype)[:, :n], {}, z.clone()
+
+        def side_of(moved, side):
+            if (id(moved), side) not in known:
+                known[id(moved), side] = project(x, moved, side)
+            return known[id(moved), side]
+
+        for head, query, key, value in changes:
+            values = seen[v].to(dtype)[:, :n]
+            group = head // (z.shape[2] // values.shape[2])
+            values = values[:, :, group]
+            if value is not None:
+                change, W_V = value
+                values = values + change()[:, :n].to(values) @ W_V.to(values)
+            before, after = (
+                weights.pattern(
+                    side_of(of_query, 0)[:, :, head],
+                    side_of(of_key, 1)[:, :, group],
+                    head,
+                    visible.to(values.device),
+                )
+                for of_query, of_key in ((None, None), (query, key))
+            )
+            z[:, :n, head] += ((after - before) @ values).to(z)
+            seen["pattern", v[1], head] = after
+        return z
 
     return step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from sae_attn_plugin.nodes import (
     PASSING_KINDS,
     RESIDUAL_KINDS,
     Feature,
+    HeadScore,
     Logit,
     LogitDiff,
     Node,
@@ -343,6 +344,7 @@ class _Measure:
             if node.layer is not None and node.kind in ("head", "mlp", "mlp_sae")
             for name in (("z",) if node.kind == "head" else ("resid_pre", "attn_out", "mlp_out"))
         }
+        self.reads |= {Site("resid_pre", n.layer or 0) for n in targets if n.kind == "score"}
         self.linear = None
         if kinds & {"mlp", "mlp_sae"}:
             self.linear = run.linear_mlps
@@ -377,7 +379,35 @@ class _Measure:
             row = d.encoder(torch.tensor([node.feature], device=live.device), live.dtype)[0]
             scale = d.input_scale(frozen_mlp.encoded.scale)[node.position]
             return float((live - clean) @ row / scale)
-        return float(result.effect(_as_target(node)))
+        if node.kind == "score":
+            return self._score(node, result.values, result.held) - self._score(
+                node, self.run.capture.values, result.held
+            )
+        target = _as_target(node)
+        assert not isinstance(target, HeadScore)
+        return float(result.effect(target))
+
+    def _score(self, node: Node, values: Mapping[Site, Tensor], held: _Held) -> float:
+        """A head's score, of the side that is followed live and of the other one clean; of both
+        sides, the mean of the two. The norms of the layer, of queries and keys too, have the clean
+        scale where norms are held."""
+        assert node.layer is not None
+        assert node.head is not None
+        assert node.key is not None
+        scores = self.run._checked_scores(node.layer, node.position)
+        frozen, w = scores.frozen, scores.weights
+        norm, x = frozen.weights.norm, values[Site("resid_pre", node.layer)][0].to(frozen.z)
+        hold = node.layer in held.get("norms", ())
+        x = norm.apply(x, frozen.scale if hold else norm.scale(x))
+        q, _ = w.queries(x, scores.q_scale if hold else None)
+        k, _ = w.keys(x, scores.k_scale if hold else None)
+        group = scores.group(node.head)
+        found = []
+        if node.label in ("query", None):
+            found.append(q[node.position, node.head] @ scores.k[node.key, group])
+        if node.label in ("key", None):
+            found.append(scores.q[node.position, node.head] @ k[node.key, group])
+        return w.scale * float(torch.stack(found).mean())
 
     def _written(self, node: Node, values: Mapping[Site, Tensor], held: _Held) -> Tensor:
         """``[d_model]``, what a node adds to the residual stream, from the sites of a run."""
@@ -436,13 +466,17 @@ def _directions(run: Run, graph: nx.DiGraph[Any]) -> dict[Node, Tensor]:
     }
 
 
-def _as_target(node: Node) -> Feature | Logit | LogitDiff:
+def _as_target(node: Node) -> Feature | Logit | LogitDiff | HeadScore:
     if node.kind in FEATURE_KINDS:
         assert node.layer is not None
         assert node.feature is not None
         return Feature(node.layer, node.feature, node.position, node.kind)
     if node.kind == "score":
-        raise InputError(f"{node} cannot be measured: interventions do not read attention scores")
+        assert node.layer is not None
+        assert node.head is not None
+        assert node.key is not None
+        side: Any = node.label or "both"
+        return HeadScore(node.layer, node.head, node.position, node.key, side)
     if node.kind == "direction":
         raise InputError(f"{node} cannot be measured: the graph does not hold its vector")
     first, *second = unquote(node.label or "")
@@ -468,20 +502,24 @@ def _swap(
         one, last = Node.parse(source), Node.parse(target)
         if last.kind in (*PASSING_KINDS, "mlp_sae"):
             continue  # what passes on is a vector, whose direction only the graph has
-        # A reader of the stream sees its own position only; attention all before it too.
         candidates = [
             node
             for node in others[one.kind, one.layer]
-            if (
-                node.position <= last.position
-                if last.kind == "attn"
-                else node.position == last.position
-            )
-            and (str(node), target) not in found
+            if node.position in _positions_read(last) and (str(node), target) not in found
         ]
         if candidates:
             found[str(candidates[rng.integers(len(candidates))]), target] = None
     return list(found)
+
+
+def _positions_read(node: Node) -> Collection[int]:
+    """A reader of the stream sees its own position only; attention all before it too."""
+    if node.kind == "attn":
+        return range(node.position + 1)
+    if node.kind == "score":
+        sides = {"query": node.position, "key": node.key}
+        return [at for side, at in sides.items() if at is not None and node.label in (side, None)]
+    return (node.position,)
 
 
 def _weights(run: Run, pairs: Sequence[tuple[str, str]], graph: nx.DiGraph[Any]) -> list[float]:
