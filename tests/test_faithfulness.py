@@ -9,6 +9,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from helpers import random_transcoder, sae_at
 
 import sae_attn_plugin as sap
 
@@ -152,8 +153,152 @@ def test_what_does_not_fit(lens: Any, ioi: Any, graph: Any) -> None:
         sap.faithfulness(graph, lens, ioi, ablate="noise")  # type: ignore[arg-type]
     with pytest.raises(sap.InputError, match="shares must lie"):
         sap.faithfulness(graph, lens, ioi, shares=(0, 2))
-    with pytest.raises(sap.InputError, match="no attention features"):
+    with pytest.raises(sap.InputError, match="no features of attention SAEs"):
         sap.faithfulness(graph, lens, ioi, positions={0: "END"})
     moved = ioi.with_sentence_in_front("One day it was late.")
     with pytest.raises(sap.InputError, match="paired prompts need equal lengths"):
         sap.faithfulness(graph, lens, ioi, ablate="resample", reference=moved, minimality=0)
+
+
+# -- dictionaries of other kinds -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(lens: Any) -> Any:
+    """The demo model with SAEs on z and on what attention adds, transcoders with and without a skip
+    connection, and an SAE on what an MLP adds: ``(lens, saes, mlps)``."""
+    d_model = lens.backend.geometry.d_model
+    saes: dict[int, Any] = {
+        0: next(iter(sap.demo.load_saes().values())),
+        1: sae_at(1, "hook_attn_out", d_model),
+    }
+    mlps: dict[int, Any] = {
+        0: random_transcoder(0, d_model, hooks=("ln2.hook_normalized", "hook_mlp_out")),
+        1: random_transcoder(
+            1,
+            d_model,
+            architecture="skip_transcoder",
+            hooks=("hook_resid_mid", "hook_mlp_out"),
+        ),
+        2: sae_at(2, "hook_mlp_out", d_model),
+    }
+    found = sap.FeatureLens(
+        lens.backend.model, saes, transcoders=mlps, prepend_bos=lens.prepend_bos
+    )
+    return found, saes, mlps
+
+
+def parts_of(sae: Any, read: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any, Any]:
+    """Activations, the skip connection's share, and the error; by sae_lens."""
+    acts = sae.encode(read)
+    skip = sae(read) - sae.decode(acts)
+    return acts, skip, value - sae.decode(acts) - skip
+
+
+def mixed_by_hand(mixed: Any, text: str, keep: Any, new: Any, errors: bool) -> torch.Tensor:
+    """Logits at the end with the components ``keep`` live, by hooks and sae_lens."""
+    lens, saes, mlps = mixed
+    model, hooks, seen = lens.backend.model, [], {}
+
+    def edit_of(place: Any, sae: Any) -> Any:
+        def edit(value: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+            acts, skip, error = parts_of(sae, read_at(place, value, seen, model), value)
+            other, new_error = new[place]
+            wanted = other.expand_as(acts).clone()
+            features = [f for kind, layer, f in keep if (kind, layer) == place]
+            wanted[..., features] = acts[..., features]
+            whole = not errors or (f"{place[0]}_err", place[1], None) in keep
+            return sae.decode(wanted) + skip + (error if whole else new_error)
+
+        return edit
+
+    for layer, sae in saes.items():
+        site = "attn.hook_z" if layer == 0 else "hook_attn_out"
+        hooks.append((f"blocks.{layer}.{site}", edit_of(("attn", layer), sae)))
+    for layer, sae in mlps.items():
+        kind = "mlp_sae" if layer == 2 else "tc"
+        hooks.append(
+            (f"blocks.{layer}.hook_resid_mid", lambda x, hook: seen.update({hook.layer(): x}))
+        )
+        hooks.append((f"blocks.{layer}.hook_mlp_out", edit_of((kind, layer), sae)))
+    with torch.no_grad():
+        return model.run_with_hooks(lens.to_tokens(text), fwd_hooks=hooks)[0, -1]
+
+
+def read_at(place: Any, value: torch.Tensor, streams: Any, model: Any) -> torch.Tensor:
+    kind, layer = place
+    if kind != "tc":
+        return value
+    x = streams[layer]
+    if layer == 1:
+        return x
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+
+
+@pytest.mark.parametrize("errors", [True, False])
+@pytest.mark.parametrize("ablate", ["mean", "zero"])
+def test_transcoders_and_saes_everywhere(mixed: Any, ioi: Any, ablate: Any, errors: bool) -> None:
+    lens, saes, mlps = mixed
+    graph = lens.run(sap.demo.ioi_prompt()).graph(sap.LogitDiff(" Mary", " John"), max_nodes=60)
+    places = {("attn", layer): sae for layer, sae in saes.items()}
+    places |= {("mlp_sae" if layer == 2 else "tc", layer): sae for layer, sae in mlps.items()}
+    found = sap.faithfulness(
+        graph, lens, ioi, ablate=ablate, errors=errors, minimality=0, shares=(0, 1)
+    )
+    keep = set()
+    for name in found.nodes:
+        kind, layer, *feature = name.split(":")
+        keep.add((kind, int(layer), int(feature[0]) if feature else None))
+    assert {(kind.removesuffix("_err"), layer) for kind, layer, _ in keep} >= {
+        *(("attn", 0), ("attn", 1), ("tc", 0)),
+        *([("tc", 1), ("mlp_sae", 2)] if errors else []),
+    }
+    assert any(kind.endswith("_err") for kind, *_ in keep) == errors
+    new: dict[Any, Any] = {}
+    for (kind, layer), sae in places.items():
+        of_place = []
+        for text in ioi.abc().texts:
+            capture = lens.run(text).capture
+            site = {"attn": "z" if layer == 0 else "attn_out"}.get(kind, "mlp_out")
+            value = capture[site, layer]
+            streams = {layer: capture["resid_pre", layer] + capture["attn_out", layer]}
+            with torch.no_grad():
+                read = read_at((kind, layer), value, streams, lens.backend.model)
+                acts, _, error = parts_of(sae, read, value)
+            of_place.append((acts[0], error[0]))
+        means = tuple(torch.cat(part).mean(0) for part in zip(*of_place, strict=True))
+        new[kind, layer] = tuple(part * (ablate == "mean") for part in means)
+
+    def metric(keep: Any) -> float:
+        values = []
+        for i, text in enumerate(ioi.texts):
+            logits = mixed_by_hand(mixed, text, keep, new, errors)
+            values.append(float(logits[ioi.correct[i]] - logits[ioi.wrong[i]]))
+        return float(np.mean(values))
+
+    assert found.empty == pytest.approx(metric(set()), rel=1e-4, abs=1e-3)
+    assert found.circuit == pytest.approx(metric(keep), rel=1e-4, abs=1e-3)
+    assert abs(found.circuit - found.empty) > 0.05
+    assert found.about["kinds"] == ["attn", "tc", "mlp_sae"]
+
+
+def test_some_kinds_alone(mixed: Any, lens: Any, ioi: Any) -> None:
+    """Dictionaries of other kinds stay out of the way, as if the lens had none."""
+    whole, saes, _ = mixed
+    prompt, target = sap.demo.ioi_prompt(), sap.LogitDiff(" Mary", " John")
+    graph = whole.run(prompt).graph(target, max_nodes=60)
+    alone = sap.FeatureLens(lens.backend.model, saes, prepend_bos=lens.prepend_bos)
+    options: Any = {"ablate": "zero", "minimality": 0, "shares": (1,)}
+    found = sap.faithfulness(graph, whole, ioi, kinds="attn", **options)
+    expected = sap.faithfulness(graph, alone, ioi, **options)
+    assert found.nodes == expected.nodes
+    assert (found.circuit, found.empty) == pytest.approx((expected.circuit, expected.empty))
+    other = sap.faithfulness(graph, whole, ioi, kinds=["tc", "mlp_sae"], **options)
+    assert {name.partition(":")[0].removesuffix("_err") for name in other.nodes} == {
+        "tc",
+        "mlp_sae",
+    }
+    for kinds in ("resid", ["attn", "head"], []):
+        with pytest.raises(sap.InputError, match="expected some of attn, tc, mlp_sae"):
+            sap.faithfulness(graph, whole, ioi, kinds=kinds)

@@ -105,3 +105,31 @@ def test_setting_a_feature_is_adding_its_decoder(
         assert float(result.value(target)) == pytest.approx(
             float(feature["pre_activation"]), rel=1e-3, abs=1e-4
         )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "gemma2"])
+@pytest.mark.parametrize(("attn", "mlp"), [("mixed", "skip"), ("attn_out", "tc"), ("z", "sae")])
+def test_a_complement_is_the_circuit_ablated(name: str, attn: str, mlp: str) -> None:
+    """Keeping all but a circuit, of every kind of dictionary, against edits of its nodes."""
+    lens = lens_of(name, HOSTS[2], attn, mlp)
+    data = sap.tasks.InductionDataset.random_repeats(
+        3, list(range(5, 50)), 0, segment=4, prepend_bos=False
+    )
+    tokens = data.tokens[0].tolist()
+    graph = lens.run([tokens]).graph(sap.Logit(tokens[-1], -2), max_nodes=40)
+    for errors in (True, False):
+        found = sap.faithfulness(
+            graph, lens, data, ablate="zero", errors=errors, minimality=0, shares=(1,)
+        )
+        edits: list[sap.Edit] = []
+        for node in found.nodes:
+            kind, layer, *feature = node.split(":")
+            what: Any = kind.removesuffix("_err")
+            if feature:
+                edits.append(sap.AblateFeature(int(layer), int(feature[0]), kind=what))
+            else:
+                edits.append(sap.AblateError(int(layer), kind=what))
+        edited = lens.intervene_dataset(data, edits).edited
+        assert found.complement == pytest.approx(float(edited.mean()), abs=1e-4)
+        assert abs(found.complement - found.model) > 1e-3
+        assert {"tc", "mlp_sae"} & {node.partition(":")[0] for node in found.nodes}

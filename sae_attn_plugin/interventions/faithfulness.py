@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_attn_plugin.backends.protocol import Site
-from sae_attn_plugin.errors import InputError, UnsupportedError
+from sae_attn_plugin.backends.protocol import Norm, Site
+from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.interventions import steps
+from sae_attn_plugin.interventions.apply import what_it_reads
 from sae_attn_plugin.interventions.datasets import batches
 from sae_attn_plugin.nodes import Node
 from sae_attn_plugin.statistics import Interval, bootstrap
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from sae_attn_plugin.lens import Dataset, FeatureLens, Run
 
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_KINDS = ("attn", "attn_err")
 
+Place = tuple[str, int]  # kind of dictionary and layer
 Component = tuple[str, int, int | None, int | None]  # kind, layer, feature, position
 
 
@@ -112,6 +114,7 @@ def faithfulness(
     *,
     ablate: Literal["mean", "resample", "zero"] = "mean",
     reference: Dataset | None = None,
+    kinds: Sequence[str] | None = None,
     errors: bool = True,
     positions: Literal["all", "same"] | Mapping[int, str] = "all",
     shares: Sequence[float] = SHARES,
@@ -119,7 +122,7 @@ def faithfulness(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Faithfulness:
-    """Keep only a circuit's attention features, ablate all others, and measure a task.
+    """Keep only a circuit's features, ablate all others, and measure a task.
 
     With ``m(K)`` the mean metric of the data set when only the components ``K`` keep their live
     value, the faithfulness of ``K`` is ``(m(K) - m(nothing)) / (m(model) - m(nothing))``. Along the
@@ -131,18 +134,21 @@ def faithfulness(
     and a node's minimality is what the circuit loses without it (Wang et al. 2022,
     arXiv:2211.00593, sections 4.1 and 4.2, with the empty set as K).
 
-    Components are features of the attention SAEs and, with ``errors``, what these do not
-    reconstruct. Embeddings, biases, MLPs, and attention layers without an SAE stay live throughout,
-    so that ``m(nothing)`` is what they do without attention features.
+    Components are features of the SAEs and transcoders on attention and MLPs and, with ``errors``,
+    what these do not reconstruct. Embeddings, biases, skip connections, and attention and MLPs
+    without a dictionary stay live throughout, so that ``m(nothing)`` is what they do without
+    features. SAEs on the residual stream split it and write nothing, so their features are none.
 
     Args:
-        graph: of this model and SAEs; its ``attn`` and ``attn_err`` nodes are the circuit.
+        graph: of this model and SAEs; its nodes of these kinds are the circuit.
         data: ``IOIDataset`` or ``InductionDataset``, whose metric is measured.
         ablate: what an ablated component has: its mean over all prompts and positions of
             ``reference``, its value in the paired prompt of ``reference`` at the same position
             (prompts of equal length), or zero. Features that are silent on a prompt are ablated
             too: a mean puts them at their mean.
         reference: None: ``data.abc()`` of IOI prompts, else ``data`` itself.
+        kinds: of components, among ``"attn"``, ``"tc"`` and ``"mlp_sae"``; dictionaries of others
+            stay out of the way. None: all that the lens has.
         errors: whether the errors are components; if not they stay live.
         positions: where a component of the circuit is kept: ``"all"`` positions, the ``"same"``
             position as in the graph (prompts of the graph's length), or at roles, by position of
@@ -158,16 +164,21 @@ def faithfulness(
         raise InputError(f"ablate must be 'mean', 'resample' or 'zero', got {ablate!r}")
     if not all(0 <= share <= 1 for share in shares):
         raise InputError(f"shares must lie in [0, 1], got {list(shares)}")
-    for layer, dictionary in lens.dictionaries.items():
-        if dictionary.writes != "z":
-            raise UnsupportedError(
-                f"faithfulness needs SAEs on hook_z; that of layer {layer} is on {dictionary.reads}"
-            )
+    dictionaries = {
+        (dictionary.kind, layer): dictionary
+        for found in (lens.dictionaries, lens.transcoders)
+        for layer, dictionary in found.items()
+    }
+    known = list(dict.fromkeys(kind for kind, _ in dictionaries))
+    if kinds is not None:
+        kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+        if not kinds or not set(kinds) <= set(known):
+            raise InputError(f"kinds={kinds}: expected some of {', '.join(known)}, as the lens has")
+        dictionaries = {place: d for place, d in dictionaries.items() if place[0] in kinds}
     if reference is None:
         reference = data.abc() if hasattr(data, "abc") else data  # type: ignore[union-attr]
-    circuit = _components(graph, errors, positions)
-    means = None if ablate != "mean" else _means(lens, reference, batch_size)
-    job = _Job(lens, data, reference, ablate, errors, positions, means, batch_size)
+    circuit = _components(graph, dictionaries, errors, positions)
+    job = _Job(lens, data, reference, dictionaries, ablate, errors, positions, batch_size)
     chosen = circuit if minimality is None else circuit[:minimality]
     counts = sorted({math.ceil(share * len(circuit) - 1e-9) for share in shares})
     sets: dict[Any, tuple[frozenset[Component], bool]] = {
@@ -216,6 +227,7 @@ def faithfulness(
         about={
             "prompts": len(data),
             "ablate": ablate,
+            "kinds": list(dict.fromkeys(kind for kind, _ in dictionaries)),
             "errors": errors,
             "positions": positions if isinstance(positions, str) else {**positions},
             "model": graph.graph.get("model"),
@@ -227,13 +239,16 @@ def _fraction(means: np.ndarray) -> np.ndarray:
     return (means[..., 0] - means[..., 2]) / (means[..., 1] - means[..., 2])
 
 
-def _components(graph: nx.DiGraph[Any], errors: bool, positions: Any) -> list[Component]:
+def _components(
+    graph: nx.DiGraph[Any], dictionaries: Mapping[Place, Dictionary], errors: bool, positions: Any
+) -> list[Component]:
     """The circuit's components, the most influential first; the influence of one that stands for
     several nodes is the sum of theirs."""
     influence: dict[Component, float] = defaultdict(float)
     for name, data in graph.nodes(data=True):
         node = Node.parse(name)
-        if node.kind not in (_KINDS if errors else _KINDS[:1]):
+        kind = node.kind.removesuffix("_err")
+        if (kind, node.layer) not in dictionaries or (kind != node.kind and not errors):
             continue
         assert node.layer is not None
         if isinstance(positions, Mapping) and node.position not in positions:
@@ -242,9 +257,16 @@ def _components(graph: nx.DiGraph[Any], errors: bool, positions: Any) -> list[Co
         influence[node.kind, node.layer, node.feature, at] += data.get("influence") or 0.0
     if not influence:
         raise InputError(
-            "the graph has no attention features (at these positions), so there is no circuit"
+            f"the graph has no features of {_places(dictionaries)} (at these positions), so there "
+            "is no circuit"
         )
     return sorted(influence, key=lambda one: -influence[one])
+
+
+def _places(dictionaries: Iterable[Place]) -> str:
+    """In words."""
+    names = {"attn": "attention SAEs", "tc": "transcoders", "mlp_sae": "SAEs on MLPs"}
+    return ", ".join(dict.fromkeys(names[kind] for kind, _ in dictionaries)) or "any dictionary"
 
 
 def _name(component: Component) -> str:
@@ -253,44 +275,22 @@ def _name(component: Component) -> str:
     return name if position is None else f"{name}@{position}"
 
 
-@dataclass(frozen=True)
-class _Means:
-    """Mean activations ``[d_sae]`` and mean error ``[head, d_head]`` of each layer."""
-
-    activation: dict[int, Tensor]
-    error: dict[int, Tensor]
-
-
-def dense(dictionary: Dictionary, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dense(dictionary: Dictionary, read: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Activations ``[prompt, position, d_sae]``, output scales ``[prompt, position]`` and errors
-    ``[prompt, position, head, d_head]`` of z."""
-    acts = z.new_zeros(*z.shape[:2], dictionary.d_sae)
-    scale, error = z.new_ones(z.shape[:2]), torch.zeros_like(z)
-    for number, prompt in enumerate(z):
+    ``[prompt, position, ...]``.
+
+    Args:
+        read: ``[prompt, position, ...]``, what the dictionary reads; value: what it reconstructs.
+    """
+    acts = value.new_zeros(*value.shape[:2], dictionary.d_sae)
+    scale, error = value.new_ones(value.shape[:2]), torch.zeros_like(value)
+    for number, (prompt, whole) in enumerate(zip(read, value, strict=True)):
         encoded = dictionary.encode(prompt)
         acts[number, encoded.position, encoded.feature] = encoded.activation
         scale[number] = dictionary.output_scale(encoded.scale)[:, 0]
-        error[number] = prompt - dictionary.decode(encoded)
+        known, skip = dictionary.decode(encoded), dictionary.skip(prompt)
+        error[number] = whole - (known if skip is None else known + skip)
     return acts, scale, error
-
-
-def _means(lens: FeatureLens, reference: Dataset, batch_size: int | None) -> _Means:
-    acts: dict[int, Tensor] = {}
-    errors: dict[int, Tensor] = {}
-    count = 0
-    for members in batches(lens, reference, batch_size=batch_size):
-        run = lens.run_rows(reference, members)
-        count += run.tokens.numel()
-        for layer, dictionary in lens.dictionaries.items():
-            z = _work(run.capture["z", layer])
-            live, _, error = dense(dictionary, z)
-            one, other = live.double().sum((0, 1)), error.double().sum((0, 1))
-            acts[layer] = acts[layer] + one if layer in acts else one
-            errors[layer] = errors[layer] + other if layer in errors else other
-    return _Means(
-        {layer: total / count for layer, total in acts.items()},
-        {layer: total / count for layer, total in errors.items()},
-    )
 
 
 def _work(z: Tensor) -> Tensor:
@@ -304,10 +304,10 @@ class _Job:
     lens: FeatureLens
     data: Dataset
     reference: Dataset
+    dictionaries: Mapping[Place, Dictionary]
     ablate: str
     errors: bool
     positions: Any
-    means: _Means | None
     batch_size: int | None
 
     def run(
@@ -319,6 +319,7 @@ class _Job:
             raise InputError(
                 f"ablate='resample' pairs prompts: {n} here, {len(self.reference)} in the reference"
             )
+        means = self._means() if self.ablate == "mean" else None
         clean = np.full(n, np.nan)
         found = {name: clean.copy() for name in sets}
         disable = None if progress is None else not progress
@@ -326,7 +327,7 @@ class _Job:
             for members in batches(lens, self.data, batch_size=self.batch_size):
                 run = lens.run_rows(self.data, members)
                 clean[members] = run.roles.score(run.logits).double().numpy(force=True)
-                other = self._other(members, run)
+                other = self._other(members, run) if means is None else means
                 for name, (components, but) in sets.items():
                     edits = dict(self._edits(run, components, but, other))
                     logits = lens.backend.forward(run.tokens, edits)[Site("logits")]
@@ -335,41 +336,64 @@ class _Job:
         kept = ~np.isnan(clean)  # rows of repeats without any repeat have no metric
         return clean[kept], {name: values[kept] for name, values in found.items()}
 
-    def _other(self, members: Sequence[int], run: Run) -> dict[int, tuple[Tensor, Tensor]]:
-        """By layer, activations and errors that ablated components have."""
-        layers = self.lens.dictionaries.items()
-        if self.ablate == "resample":
-            paired = self.lens.run_rows(self.reference, members)
-            if len(set(paired.lengths)) > 1 or paired.tokens.shape != run.tokens.shape:
-                raise InputError(
-                    "ablate='resample' takes what stands at the same position, so paired prompts "
-                    "need equal lengths; use ablate='mean'"
-                )
+    def _dense(self, place: Place, run: Run) -> tuple[Tensor, Tensor]:
+        """Clean activations and errors of a dictionary."""
+        dictionary, values = self.dictionaries[place], run.capture.values
+        read = _work(what_it_reads(self.lens, dictionary, values))
+        value = read
+        if dictionary.kind == "tc":
+            value = _work(values[Site(dictionary.writes, place[1])]).to(read)
+        acts, _, error = dense(dictionary, read, value)
+        return acts, error
+
+    def _means(self) -> dict[Place, tuple[Tensor, Tensor]]:
+        """Mean activations ``[d_sae]`` and mean error of each dictionary over the reference."""
+        sums: dict[Place, list[Tensor]] = {}
+        count = 0
+        for members in batches(self.lens, self.reference, batch_size=self.batch_size):
+            run = self.lens.run_rows(self.reference, members)
+            count += run.tokens.numel()
+            for place in self.dictionaries:
+                found = [part.double().sum((0, 1)) for part in self._dense(place, run)]
+                before = sums.get(place, [torch.zeros_like(part) for part in found])
+                sums[place] = [a + b for a, b in zip(before, found, strict=True)]
+        return {place: (acts / count, error / count) for place, (acts, error) in sums.items()}
+
+    def _other(self, members: Sequence[int], run: Run) -> dict[Place, tuple[Tensor, Tensor]]:
+        """Activations and errors that ablated components have."""
+        if self.ablate == "zero":
             return {
-                layer: tuple(dense(d, _work(paired.capture["z", layer]))[i] for i in (0, 2))  # type: ignore[misc]
-                for layer, d in layers
+                place: (torch.zeros(d.d_sae), torch.zeros(()))
+                for place, d in self.dictionaries.items()
             }
-        if self.means is not None:
-            return {n: (self.means.activation[n], self.means.error[n]) for n, _ in layers}
-        return {n: (torch.zeros(d.d_sae), torch.zeros(d.shape)) for n, d in layers}
+        paired = self.lens.run_rows(self.reference, members)
+        if len(set(paired.lengths)) > 1 or paired.tokens.shape != run.tokens.shape:
+            raise InputError(
+                "ablate='resample' takes what stands at the same position, so paired prompts "
+                "need equal lengths; use ablate='mean'"
+            )
+        return {place: self._dense(place, paired) for place in self.dictionaries}
 
     def _edits(
         self,
         run: Run,
         components: Iterable[Component],
         but: bool,
-        other: Mapping[int, tuple[Tensor, Tensor]],
+        other: Mapping[Place, tuple[Tensor, Tensor]],
     ) -> Iterator[tuple[Site, Any]]:
-        of_layer: dict[int, list[Component]] = defaultdict(list)
+        of_place: dict[Place, list[Component]] = defaultdict(list)
         for one in components:
-            of_layer[one[1]].append(one)
-        shape = run.tokens.shape
-        for layer, dictionary in self.lens.dictionaries.items():
+            of_place[one[0].removesuffix("_err"), one[1]].append(one)
+        shape, seen = run.tokens.shape, dict[Any, Tensor]()
+        made: dict[Site, list[Any]] = defaultdict(list)
+        watched: set[tuple[str, int]] = set()
+        dtype = torch.promote_types(self.lens.backend.geometry.dtype, torch.float32)
+        for place, dictionary in self.dictionaries.items():
             keep = torch.zeros(*shape, dictionary.d_sae, dtype=torch.bool)
             keep_error = torch.zeros(shape, dtype=torch.bool)
-            for kind, _, feature, position in of_layer[layer]:
+            for kind, _, feature, position in of_place[place]:
                 where = self._where(run, position)
-                if kind == "attn_err":
+                if kind.endswith("_err"):
                     keep_error[where] = True
                 else:
                     assert feature is not None
@@ -377,11 +401,24 @@ class _Job:
             if but:
                 keep, keep_error = ~keep, ~keep_error
             keep_error |= not self.errors
-            dtype = torch.promote_types(self.lens.backend.geometry.dtype, torch.float32)
-            yield (
-                Site("z", layer),
-                keep_only(dictionary, keep, keep_error, *other[layer], dtype),
-            )
+            read = None
+            if dictionary.kind == "tc":
+                sites = self._stream(place[1])
+                watched.update(sites)
+                norm = self.lens.backend.layer_weights(place[1]).mlp_norm or Norm("none")
+                live = steps.stream(seen, sites)
+                read = steps.mlp_reader(live, dictionary.reads, norm, None, dtype)
+            step = keep_only(dictionary, keep, keep_error, *other[place], dtype, read)
+            made[Site(dictionary.writes, place[1])].append(step)
+        for name, layer in watched:  # after the edits of what is watched
+            made[Site(name, layer)].append(steps.see(seen, (name, layer)))
+        for site, found in made.items():
+            yield site, steps.chain(found)
+
+    def _stream(self, layer: int) -> list[tuple[str, int]]:
+        """Sites whose sum an MLP reads, before its norm."""
+        names = ["resid_pre"] if self.lens.backend.geometry.parallel else ["resid_pre", "attn_out"]
+        return [(name, layer) for name in names]
 
     def _where(self, run: Run, position: int | None) -> Any:
         """An index of ``[prompt, position]``."""
@@ -405,24 +442,28 @@ def keep_only(
     activation: Tensor,
     error: Tensor,
     dtype: torch.dtype,
+    read: Any = None,
 ) -> Any:
-    """z with the features and errors that are not kept exchanged.
+    """What a dictionary writes, with the features and errors that are not kept exchanged.
 
     Args:
         keep: ``[prompt, position, d_sae]``; keep_error: ``[prompt, position]``.
         activation, error: what the others have, per prompt and position or one for all.
+        read: gives what a transcoder reads; an SAE reads what it writes.
     """
 
-    def step(z):  # pyright: ignore[reportMissingParameterType] - it may travel as text
-        work = z.to(dtype)
-        live, scale, was = dense(dictionary, work)
-        change = torch.where(keep.to(z.device), 0, activation.to(live) - live)
+    def step(value):  # pyright: ignore[reportMissingParameterType] - it may travel as text
+        work = value.to(dtype)
+        x = work if read is None else read().to(work)
+        live, scale, was = dense(dictionary, x, work)
+        change = torch.where(keep.to(value.device), 0, activation.to(live) - live)
         change = change * scale[..., None]
-        rows = dictionary.decoder(torch.arange(dictionary.d_sae, device=z.device), dtype)
-        moved = (change @ rows.flatten(1)).unflatten(-1, dictionary.shape)
-        gone = ~keep_error.to(z.device)[..., None, None]
+        rows = dictionary.decoder(torch.arange(dictionary.d_sae, device=value.device), dtype)
+        moved = (change @ rows.flatten(1)).unflatten(-1, rows.shape[1:])
+        gone = ~keep_error.to(value.device)
+        gone = gone.reshape(*gone.shape, *[1] * (work.ndim - 2))
         moved = moved + torch.where(gone, error.to(was) - was, 0)
-        return (work + moved).to(z.dtype)
+        return (work + moved).to(value.dtype)
 
     return step
 
