@@ -323,7 +323,7 @@ def test_demo_with_a_sentence_of_ones_own(here: Path) -> None:
     ("arguments", "message"),
     [
         (["--prompt", "w3 w4"], "--prompt needs --correct and --wrong"),
-        (["--out", "none"], "does not exist"),
+        (["--out", "/dev/null/none"], "/dev/null is no folder"),
         (["--correct", "w3 w4"], "is 2 tokens"),
         (["--correct", ""], "is 0 tokens"),
     ],
@@ -451,7 +451,7 @@ LATE = {
     "study quality": ("--saes ./nowhere --data TEXT", "'./nowhere' is neither a folder nor"),
     "study prefix": ("--saes ./nowhere", "'./nowhere' is neither a folder nor"),
     "study quality, text": ("--saes SAES --data ./nowhere", "no such file: ./nowhere"),
-    "study quality, out": ("--saes SAES --data TEXT --out no", "does not exist"),
+    "study quality, out": ("--saes SAES --data TEXT --out setup.cfg/in", "setup.cfg is no folder"),
     "study quality, work": ("--saes SAES --data TEXT --work setup.cfg", "setup.cfg is no folder"),
     "train, out": ("--out setup.cfg/in --data TEXT", "setup.cfg is no folder"),
     "train, text": ("--out new --data ./nowhere", "no such file: ./nowhere"),

@@ -230,17 +230,17 @@ def test_what_cannot_be_asked_is_said(planted: Any) -> None:
 
 
 def test_command_line(planted: Any, tmp_path: Path) -> None:
-    _, _, found = planted
+    (_, _, found), out = planted, tmp_path / "a" / "new"
     run = CliRunner().invoke(
-        app, ["heads", str(found.folder), "--out", str(tmp_path), "--layers", "1", "--top", "5"]
+        app, ["heads", str(found.folder), "--out", str(out), "--layers", "1", "--top", "5"]
     )
     assert run.exit_code == 0, run.output
     for text in ("induction", "local context", "Share of heads called monosemantic", "1.0"):
         assert text in run.output
     assert "decoder directions are left out" in run.output
     names = ("heads.json", "heads.png", "families.json", "families.png")
-    assert all((tmp_path / name).is_file() for name in names)
-    assert set(load_study(tmp_path / "heads.json").table["layer"]) == {1}
+    assert all((out / name).is_file() for name in names)
+    assert set(load_study(out / "heads.json").table["layer"]) == {1}
 
 
 @pytest.mark.parametrize(

@@ -80,16 +80,16 @@ def test_bad_input(lens: sap.FeatureLens, windows: torch.Tensor) -> None:
     ids=lambda arguments: arguments[0],
 )
 def test_every_study_from_the_command_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    options = ["--model", "demo", "--limit", 4, "--context", 64, "--out", tmp_path]
+    options = ["--model", "demo", "--limit", 4, "--context", 64, "--out", tmp_path / "a" / "new"]
     if arguments[0] == "induction-feature":
         options += ["--limit", 40]
     code, output = study(*arguments, *options)
     assert code == 0, output
     name = arguments[0]
-    found = load_study(tmp_path / f"{name}.json")
+    found = load_study(tmp_path / "a" / "new" / f"{name}.json")
     assert found.name == name.replace("-", "_")
     assert found.settings["model"] == "sae-attn-demo"
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a" / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert next(iter(found.tables)) in output
 
 
@@ -103,7 +103,7 @@ def test_every_study_from_the_command_line(arguments: tuple[str, ...], tmp_path:
         (("prefix", "--model", "demo", "--saes", "x"), "leave --saes out"),
         (("prefix", "--model", "x"), "give --saes"),
         (("prefix", "--model", "demo", "--limit", "0"), "at least 1"),
-        (("prefix", "--model", "demo", "--out", "/nowhere/at/all"), "does not exist"),
+        (("prefix", "--model", "demo", "--out", "/dev/null/at/all"), "/dev/null is no folder"),
         (("ioi-positions", "--model", "demo", "--set", "role=S9"), "unknown role"),
     ],
 )

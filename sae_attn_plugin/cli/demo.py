@@ -11,9 +11,9 @@ import sae_attn_plugin as sap
 from sae_attn_plugin.cli.options import (
     Backend,
     HostOption,
+    check_results,
     parse_token,
     with_pruning,
-    writable_files,
 )
 from sae_attn_plugin.cli.screen import Screen, quoted, session
 from sae_attn_plugin.errors import InputError
@@ -38,7 +38,8 @@ def demo(
 ) -> None:
     """Who gave what to whom: a circuit of attention features in the demo model, offline."""
     with session() as screen:
-        files = writable_files(out / "graph.json", out / "graph.png", out / "graph.html")
+        files = out / "graph.json", out / "graph.png", out / "graph.html"
+        check_results(out, files)
         if prompt is not None and (correct is None or wrong is None):
             raise InputError("--prompt needs --correct and --wrong, the two tokens to compare")
         screen.hush()
@@ -61,6 +62,7 @@ def demo(
         if top is not None:
             with screen.busy("ablating the top feature"):
                 ablation = _ablate(lens, run, attribution, target, top)
+        out.mkdir(parents=True, exist_ok=True)
         screen.save(run, graph, *files)
 
         screen.heading(f"{lens}")

@@ -16,12 +16,12 @@ from sae_attn_plugin.cli.options import (
     HostOption,
     check_counts,
     check_device,
+    check_results,
 )
 from sae_attn_plugin.cli.screen import Screen, session
 from sae_attn_plugin.cli.study import load_lens
 from sae_attn_plugin.cli.text import DATA_HELP, DEMO, check_text, full_name, parse_layers
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.io import check_writable
 from sae_attn_plugin.registration import DEMO_MODEL_NAME
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def heads(
         check_text(data, None)
         check_counts(rows=rows, context=context, sample=sample)
         files = [out / f"{name}.{end}" for name in ("heads", "families") for end in ("json", "png")]
-        for path in files:
-            check_writable(path)
+        check_results(out, files)
         screen.hush()
         check_device(device)
         lens = None
@@ -108,6 +107,7 @@ def heads(
         for study, json, png in ((found, *files[:2]), (families, *files[2:])):
             with screen.busy("drawing"):
                 figure = study.plot()
+            out.mkdir(parents=True, exist_ok=True)
             study.save(json)
             write_png(figure, png)
         facts = survey.facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,6 +101,13 @@ def check_folder(path: Path, option: str) -> None:
         raise FileError(f"cannot write to {option} {path}: {there} is no folder")
     if not os.access(there, os.W_OK):
         raise FileError(f"cannot write to {option} {path}: the folder {there} is read-only")
+
+
+def check_results(out: Path, files: Sequence[Path]) -> None:
+    """That files can be written to ``--out``, a folder that is made if need be."""
+    check_folder(out, "--out")
+    for path in files if out.exists() else ():
+        check_writable(path)
 
 
 def check_saes(*sources: str | None) -> None:

@@ -21,12 +21,12 @@ from sae_attn_plugin.cli.options import (
     check_counts,
     check_device,
     check_folder,
+    check_results,
     check_saes,
 )
 from sae_attn_plugin.cli.screen import Screen, session
 from sae_attn_plugin.cli.text import DATA_HELP, DEMO, SAMPLE_HELP, check_text, full_name, sampled
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.io import check_writable
 
 if TYPE_CHECKING:
     from sae_attn_plugin.lens import FeatureLens
@@ -91,8 +91,7 @@ def study(
         check_counts(rows=rows, context=context, limit=limit)
         key = name.value.replace("-", "_")
         files = out / f"{name.value}.json", out / f"{name.value}.png"
-        for path in files:
-            check_writable(path)
+        check_results(out, files)
         given = full_name(model) == DEMO or data is not None or sample is not None
         if work is not None:
             check_folder(work, "--work")
@@ -122,6 +121,7 @@ def study(
         result = function(*arguments, folder=work, progress=screen.live, **options)
         with screen.busy("drawing"):
             figure = result.plot()
+        out.mkdir(parents=True, exist_ok=True)
         result.save(files[0])
         from sae_attn_plugin.graphs.picture import write_png
 
