@@ -32,8 +32,22 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
+from sae_attn_plugin.demo.by_hand import (
+    BOS,
+    N_CTX,
+    Coordinates,
+    FeatureSpec,
+    HeadSpec,
+    Stream,
+    gpt2_model,
+    head_width,
+    llama_model,
+    looks_back,
+    norm_scale,
+    sae_of,
+    tokenizer_of,
+)
 from sae_attn_plugin.nodes import Logit, LogitDiff, Node
 
 if TYPE_CHECKING:
@@ -53,14 +67,8 @@ __all__ = [
     "two_roles",
 ]
 
-EPSILON = 1e-5  # of every norm
-SHARPNESS = 100.0
 THRESHOLD = 1e-5  # edges below are rounding; the smallest true one is above 0.1
-BOS = "<bos>"
-_N_CTX = 8
-_ROPE_THETA = 1e30  # only the first pair of rotary dimensions turns
 
-Coordinates = Mapping[str, float]
 _Edges = Mapping[tuple[str, str], float]
 
 
@@ -212,19 +220,19 @@ def induction(
     BOS, and the logit is 0.
     """
     n, names = 18, ("A", "B", "C")
-    s0 = _scale(n, 1, 1)
+    s0 = norm_scale(n, 1, 1)
     c = copy / s0
-    a = say / _scale(n, 1, 1, c)
-    logit = unembed * a / _scale(n, 1, 1, c, a)
+    a = say / norm_scale(n, 1, 1, c)
+    logit = unembed * a / norm_scale(n, 1, 1, c, a)
     layers = [
-        [_Head(), _looks_back([(t, {f"prev {t}": 1}) for t in names], copy)],
+        [HeadSpec(), looks_back([(t, {f"prev {t}": 1}) for t in names], copy)],
         [
-            _Head([({t: 1}, {f"prev {t}": 1}) for t in names], _says(names), say),
-            _Head(),
+            HeadSpec([({t: 1}, {f"prev {t}": 1}) for t in names], _says(names), say),
+            HeadSpec(),
         ],
     ]
     edges = {
-        ("embed@2", "attn:1:1@4"): say / _scale(n, 1, 1, c),
+        ("embed@2", "attn:1:1@4"): say / norm_scale(n, 1, 1, c),
         ("attn:1:1@4", 'logit:"B"@4'): logit,
     }
     return _build(
@@ -284,31 +292,31 @@ def s_inhibition(
     ``t^2 = (2 + m^2)/n + EPSILON``. Without ``dup A``, layer 1 looks at BOS: the same.
     """
     n, names = 22, ("A", "B", "C")
-    s0 = _scale(n, 1, 1)
+    s0 = norm_scale(n, 1, 1)
     d = duplicate / s0
-    s1 = _scale(n, 1, 1, d)
+    s1 = norm_scale(n, 1, 1, d)
     i, m = inhibit * d / s1, move / s0
-    sf = _scale(n, 1, 1, i, m)
+    sf = norm_scale(n, 1, 1, i, m)
     by_not, by_say = suppress * i / sf, unembed * m / sf
-    misled = -unembed * m / _scale(n, 1, 1, m) - (by_not + by_say)
-    itself = [({f"@{p}": -1.0}, {f"@{p}": 1.0}) for p in range(_N_CTX)]
+    misled = -unembed * m / norm_scale(n, 1, 1, m) - (by_not + by_say)
+    itself = [({f"@{p}": -1.0}, {f"@{p}": 1.0}) for p in range(N_CTX)]
     layers = [
         [
-            _Head(
+            HeadSpec(
                 [*(({t: 1}, {t: 1}) for t in names), *itself],
                 [(t, {f"dup {t}": 1}) for t in names],
                 duplicate,
             )
         ],
         [
-            _Head(
+            HeadSpec(
                 [({"to": 1}, {f"dup {t}": 1 for t in names})],
                 [(f"dup {t}", {f"not {t}": 1}) for t in names],
                 inhibit,
             )
         ],
         [
-            _Head(
+            HeadSpec(
                 [
                     ({"to": 1}, {t: 1 for t in names}),
                     ({"to": 0.5}, {"@1": 1}),  # of several names, the first
@@ -346,7 +354,7 @@ def s_inhibition(
         effects={
             ("attn:0:0@3", target): misled,
             ("attn:1:0@4", target): misled,
-            ("attn:2:1@4", target): suppress * i / _scale(n, 1, 1, i) - (by_not + by_say),
+            ("attn:2:1@4", target): suppress * i / norm_scale(n, 1, 1, i) - (by_not + by_say),
         },
         dtype=dtype,
     )
@@ -377,12 +385,12 @@ def two_hop_copy(
     Without ``mid A`` the error stays, and the logit is the same with ``threshold`` of ``mid A``.
     """
     n, names = 18, ("A", "B", "C")
-    s0 = _scale(n, 1, 1)
+    s0 = norm_scale(n, 1, 1)
     c = copy / s0
-    s1 = _scale(n, 1, 1, c)
+    s1 = norm_scale(n, 1, 1, c)
     a = say * c / s1
-    logit = unembed * a / _scale(n, 1, 1, c, a)
-    left = say * threshold / _scale(n, 1, 1, threshold)
+    logit = unembed * a / norm_scale(n, 1, 1, c, a)
+    left = say * threshold / norm_scale(n, 1, 1, threshold)
     target = 'logit:"A"@3'
     edges = {
         ("embed@1", "attn:0:0@2"): copy / s0,
@@ -396,8 +404,8 @@ def two_hop_copy(
         vocabulary=(BOS, *names),
         others=[f"{kind} {t}" for kind in ("mid", "say") for t in names],
         layers=[
-            [_looks_back([(t, {f"mid {t}": 1}) for t in names], copy)],
-            [_looks_back([(f"mid {t}", {f"say {t}": 1}) for t in names], say)],
+            [looks_back([(t, {f"mid {t}": 1}) for t in names], copy)],
+            [looks_back([(f"mid {t}", {f"say {t}": 1}) for t in names], say)],
         ],
         features=[_copies(0, 3, bias=-threshold), _copies(0, 3)],
         feature_names=[[f"{kind} {t}" for t in names] for kind in ("mid", "say")],
@@ -410,7 +418,7 @@ def two_hop_copy(
         heads={0: 0, 1: 0},
         patterns={(0, 0): (0, 0, 1, 2), (1, 0): (0, 0, 1, 2)},
         effects={
-            ("attn:0:0@2", target): unembed * left / _scale(n, 1, 1, c, left) - logit,
+            ("attn:0:0@2", target): unembed * left / norm_scale(n, 1, 1, c, left) - logit,
             ("attn:1:0@3", target): -logit,
         },
         dtype=dtype,
@@ -439,9 +447,9 @@ def two_roles(
     Where a feature is off, the error takes the bias back.
     """
     n, words = 11, ("red", "blue", "two", "six")
-    s0 = _scale(n, 1)
+    s0 = norm_scale(n, 1)
     z = say / s0
-    sf = _scale(n, 1, z)
+    sf = norm_scale(n, 1, z)
     pairs = (
         ("embed@1", "attn:0:0@3", "attn_bias:0@3", 'logit:"red"@3'),
         ("embed@2", "attn:0:2@4", "attn_bias:0@4", 'logit:"two"@4'),
@@ -453,7 +461,7 @@ def two_roles(
         edges[bias, logit] = unembed * offset / sf
         constants |= {feature: -offset, logit: 0.0}
         # The bias is left of the answer; the other answer stays.
-        effects[feature, logit] = unembed * (offset / _scale(n, 1, offset) - z / sf)
+        effects[feature, logit] = unembed * (offset / norm_scale(n, 1, offset) - z / sf)
         effects[feature, other_logit] = 0.0
     return _build(
         "two_roles",
@@ -462,7 +470,7 @@ def two_roles(
         others=[f"say {t}" for t in words],
         layers=[
             [
-                _Head(
+                HeadSpec(
                     [({"hue": 1}, {"red": 1, "blue": 1}), ({"count": 1}, {"two": 1, "six": 1})],
                     _says(words),
                     say,
@@ -514,11 +522,11 @@ def negation(
         error -> logit A: unembed * inhibit * y / sf     say no -> logit A: -suppress * y / sf
     """
     n, names = 17, ("A", "B")
-    s0 = _scale(n, 1, 1)
+    s0 = norm_scale(n, 1, 1)
     c = flag / s0
-    s1 = _scale(n, 1, 1, c)
+    s1 = norm_scale(n, 1, 1, c)
     z, y = say / s1, say * c / s1
-    sf = _scale(n, 1, 1, z, y)
+    sf = norm_scale(n, 1, 1, z, y)
     target = 'logit:"A"@3'
     edges = {
         ("embed@1", "attn:0:0@2"): flag / s0,
@@ -533,12 +541,12 @@ def negation(
     free = say / s0  # "say A" without the flag
     rest = inhibit * y  # of "say A" without its feature
     layers = [
-        [_looks_back([("not", {"negated": 1})], flag)],
-        [_looks_back([*_says(names), ("negated", {"say no": 1})], say)],
+        [looks_back([("not", {"negated": 1})], flag)],
+        [looks_back([*_says(names), ("negated", {"say no": 1})], say)],
     ]
     says = [
-        *(_Feature({(0, i): 1, (0, 2): -inhibit}, {(0, i): 1}) for i in range(2)),
-        _Feature({(0, 2): 1}, {(0, 2): 1}),
+        *(FeatureSpec({(0, i): 1, (0, 2): -inhibit}, {(0, i): 1}) for i in range(2)),
+        FeatureSpec({(0, 2): 1}, {(0, 2): 1}),
     ]
     return _build(
         "negation",
@@ -560,9 +568,9 @@ def negation(
         heads={0: 0, 1: 0},
         patterns={(0, 0): (0, 0, 1, 2), (1, 0): (0, 0, 1, 2)},
         effects={
-            ("attn:0:0@2", target): unembed * free / _scale(n, 1, 1, free) - logit,
-            ("attn:1:2@3", target): unembed * z / _scale(n, 1, 1, z) - logit,
-            ("attn:1:0@3", target): (unembed * rest - suppress * y) / _scale(n, 1, 1, rest, y)
+            ("attn:0:0@2", target): unembed * free / norm_scale(n, 1, 1, free) - logit,
+            ("attn:1:2@3", target): unembed * z / norm_scale(n, 1, 1, z) - logit,
+            ("attn:1:0@3", target): (unembed * rest - suppress * y) / norm_scale(n, 1, 1, rest, y)
             - logit,
         },
         dtype=dtype,
@@ -595,30 +603,30 @@ def grouped_query_induction(
     Without ``prev A``, or without ``say B``, the logit is 0. ``prev2`` does nothing but widen sf.
     """
     n, names = 14, ("A", "B", "C")
-    s0 = _scale(n, 1)
+    s0 = norm_scale(n, 1)
     c = copy / s0
-    s1 = _scale(n, 1, c)
+    s1 = norm_scale(n, 1, c)
     said = (1 + second) * say / s1
-    sf = _scale(n, 1, c, c, said)
+    sf = norm_scale(n, 1, c, c, said)
     logit = unembed * said / sf
     target = 'logit:"B"@4'
     matches = [({t: 1.0}, {f"prev {t}": 1.0}) for t in names]
     layers = [
         [
-            _Head(),
-            _Head(),
-            _Head(moves=[(t, {f"prev2 {t}": 1}) for t in names], gain=copy, lag=2),
-            _Head(moves=[(t, {f"prev {t}": 1}) for t in names], gain=copy, lag=1),
+            HeadSpec(),
+            HeadSpec(),
+            HeadSpec(moves=[(t, {f"prev2 {t}": 1}) for t in names], gain=copy, lag=2),
+            HeadSpec(moves=[(t, {f"prev {t}": 1}) for t in names], gain=copy, lag=1),
         ],
         [
-            _Head(matches, _says(names), say),
-            _Head(matches, [(t, {f"say {t}": second}) for t in names], say),
-            _Head(moves=_says(names), gain=-say),
-            _Head(moves=_says(names), gain=-say),
+            HeadSpec(matches, _says(names), say),
+            HeadSpec(matches, [(t, {f"say {t}": second}) for t in names], say),
+            HeadSpec(moves=_says(names), gain=-say),
+            HeadSpec(moves=_says(names), gain=-say),
         ],
     ]
     both = [
-        _Feature({(0, i): 0.75, (1, i): 0.25}, {(0, i): 1, (1, i): 1}) for i in range(len(names))
+        FeatureSpec({(0, i): 0.75, (1, i): 0.25}, {(0, i): 1, (1, i): 1}) for i in range(len(names))
     ]
     return _build(
         "grouped_query_induction",
@@ -655,7 +663,7 @@ def grouped_query_induction(
             ("attn:0:0@2", target): -logit,
             ("attn:1:1@4", target): -logit,
             # "prev2 B" at the end: the final norm alone.
-            ("attn:0:4@4", target): unembed * said / _scale(n, 1, c, said) - logit,
+            ("attn:0:4@4", target): unembed * said / norm_scale(n, 1, c, said) - logit,
         },
         positions=False,
         n_kv_heads=2,
@@ -681,53 +689,13 @@ def all(dtype: torch.dtype = torch.float32) -> tuple[Circuit, ...]:
 # -- how they are built --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Head:
-    """One head in terms of coordinates.
-
-    Attributes:
-        matches: the score is the sum over these of (query sum) * (key sum).
-        moves: dimension i of z holds ``gain`` times the coordinate read, and writes the sum.
-        lag: look this many positions back, by rotary positions, instead of matching.
-        rests: look at BOS where nothing matches.
-    """
-
-    matches: Sequence[tuple[Coordinates, Coordinates]] = ()
-    moves: Sequence[tuple[str, Coordinates]] = ()
-    gain: float = 1.0
-    lag: int | None = None
-    rests: bool = True
-
-
-@dataclass(frozen=True)
-class _Feature:
-    """Encoder and decoder weights by ``(head, dimension of z)``."""
-
-    reads: Mapping[tuple[int, int], float]
-    writes: Mapping[tuple[int, int], float]
-    bias: float = 0.0
-
-
-def _looks_back(
-    moves: Sequence[tuple[str, Coordinates]], gain: float, n_ctx: int = _N_CTX
-) -> _Head:
-    """A head that looks at the position before, by learned positions; position 0 sees itself."""
-    matches = [({f"@{p}": 1.0}, {f"@{p - 1}": 1.0}) for p in range(1, n_ctx)]
-    return _Head(matches, moves, gain, rests=False)
-
-
 def _says(names: Sequence[str]) -> list[tuple[str, Coordinates]]:
     return [(t, {f"say {t}": 1.0}) for t in names]
 
 
-def _copies(head: int, count: int, bias: float = 0.0) -> list[_Feature]:
+def _copies(head: int, count: int, bias: float = 0.0) -> list[FeatureSpec]:
     """One feature for each dimension of a head's z."""
-    return [_Feature({(head, i): 1.0}, {(head, i): 1.0}, bias) for i in range(count)]
-
-
-def _scale(n: int, *values: float) -> float:
-    """The scale of a norm over n coordinates with these values and zeros."""
-    return math.sqrt(sum(value**2 for value in values) / n + EPSILON)
+    return [FeatureSpec({(head, i): 1.0}, {(head, i): 1.0}, bias) for i in range(count)]
 
 
 def _build(
@@ -736,8 +704,8 @@ def _build(
     n: int,
     vocabulary: Sequence[str],
     others: Sequence[str],
-    layers: Sequence[Sequence[_Head]],
-    features: Sequence[Sequence[_Feature]],
+    layers: Sequence[Sequence[HeadSpec]],
+    features: Sequence[Sequence[FeatureSpec]],
     feature_names: Sequence[Sequence[str]],
     unembed: Mapping[str, Coordinates],
     prompt: str,
@@ -760,9 +728,9 @@ def _build(
         others: coordinates beside tokens and positions. heads: the head of all edges into features
             of a layer, where ``edges_by_head`` is not given. n_kv_heads: makes it a Llama.
     """
-    names = [*vocabulary, *(f"@{p}" for p in range(_N_CTX) if positions), *others]
-    stream = _Stream(n, names)
-    make = _gpt2 if n_kv_heads is None else _llama
+    names = [*vocabulary, *(f"@{p}" for p in range(N_CTX) if positions), *others]
+    stream = Stream(n, names)
+    make = gpt2_model if n_kv_heads is None else llama_model
     model = make(stream, vocabulary, layers, unembed, positions, n_kv_heads or 0)
     if edges_by_head is None:
         layer_of = {target: Node.parse(target).layer for _, target in edges}
@@ -772,9 +740,9 @@ def _build(
             if (layer := layer_of[target]) is not None
         }
     model = model.to(dtype).eval()
-    d_head = _head_width(model.config)
+    d_head = head_width(model.config)
     saes = tuple(
-        _sae(layer, specs, len(layers[layer]), d_head, b_dec, name, dtype)
+        sae_of(layer, specs, len(layers[layer]), d_head, b_dec, name, dtype)
         for layer, specs in enumerate(features)
     )
     ids = {token: i for i, token in enumerate(vocabulary)}
@@ -782,7 +750,7 @@ def _build(
         name=name,
         model=model,
         saes=saes,
-        tokenizer=_tokenizer(ids),
+        tokenizer=tokenizer_of(ids),
         token_names=tuple(vocabulary),
         prompt=tuple(ids[token] for token in prompt.split()),
         answers=answers,
@@ -793,214 +761,4 @@ def _build(
         patterns=patterns,
         effects=effects,
         feature_names=tuple(tuple(names) for names in feature_names),
-    )
-
-
-class _Stream:
-    """Coordinates as pairs of dimensions; all tensors are float64.
-
-    Writing c gives (+c, -c); reading takes half the difference.
-    """
-
-    def __init__(self, n: int, names: Sequence[str]) -> None:
-        assert len(names) <= n, f"{len(names)} coordinates do not fit in {n}"
-        self.d_model = 2 * n
-        self.index = {name: i for i, name in enumerate(names)}
-
-    def write(self, values: Coordinates) -> Tensor:
-        """``[d_model]``"""
-        vector = torch.zeros(self.d_model, dtype=torch.float64)
-        for name, value in values.items():
-            vector[2 * self.index[name]], vector[2 * self.index[name] + 1] = value, -value
-        return vector
-
-    def read(self, values: Coordinates) -> Tensor:
-        """``[d_model]``, so that ``write(a) @ read(b)`` is the dot product of a and b."""
-        return self.write(values) / 2
-
-
-def _weights(
-    stream: _Stream, head: _Head, vocabulary: Sequence[str], d_head: int, rotary: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Q, K, V ``[d_model, d_head]`` and O ``[d_head, d_model]`` of one head."""
-    q, k, v, o = torch.zeros(4, stream.d_model, d_head, dtype=torch.float64)
-    sharp = SHARPNESS * math.sqrt(d_head)  # attention divides by the root
-    tokens: Coordinates = dict.fromkeys(vocabulary, 1.0)
-    if head.lag is not None:
-        # The first rotary pair turns by one radian per position: the score is cos(lag - distance).
-        turned = sharp * torch.tensor([math.cos(head.lag), -math.sin(head.lag)])
-        q[:, [0, d_head // 2]] = stream.read(tokens)[:, None] * turned.to(q)
-        k[:, 0] = stream.read(tokens)
-    else:
-        rest = [(dict.fromkeys(vocabulary, 0.5), {BOS: 1.0})] if head.rests else []
-        for i, (query, key) in enumerate([*head.matches, *rest], start=int(rotary)):
-            assert i < (d_head // 2 if rotary else d_head), "too many matches for a head"
-            q[:, i], k[:, i] = sharp * stream.read(query), stream.read(key)
-    for i, (read, write) in enumerate(head.moves):
-        v[:, i] = head.gain * stream.read({read: 1.0})
-        o[:, i] = stream.write(write)
-    return q, k, v, o.T
-
-
-def _gpt2(
-    stream: _Stream,
-    vocabulary: Sequence[str],
-    layers: Sequence[Sequence[_Head]],
-    unembed: Mapping[str, Coordinates],
-    positions: bool,
-    _n_kv_heads: int = 0,
-    n_ctx: int = _N_CTX,
-) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    n_heads = len(layers[0])
-    config: Any = GPT2Config(
-        **_shared(vocabulary),
-        n_positions=n_ctx,
-        n_embd=stream.d_model,
-        n_layer=len(layers),
-        n_head=n_heads,
-        n_inner=1,
-        layer_norm_epsilon=EPSILON,
-    )
-    model: Any = GPT2LMHeadModel(config)
-    _clear(model)
-    with torch.no_grad():
-        if positions:
-            for p in range(n_ctx):
-                model.transformer.wpe.weight[p] = stream.write({f"@{p}": 1})
-        _tokens(stream, vocabulary, unembed, model.transformer.wte, model.lm_head)
-        for block, heads in zip(model.transformer.h, layers, strict=True):
-            parts = [
-                _weights(stream, head, vocabulary, stream.d_model // n_heads, False)
-                for head in heads
-            ]
-            q, k, v, o = zip(*parts, strict=True)
-            block.attn.c_attn.weight.copy_(torch.cat([*q, *k, *v], dim=1))
-            block.attn.c_proj.weight.copy_(torch.cat(o))
-    return model
-
-
-def _llama(
-    stream: _Stream,
-    vocabulary: Sequence[str],
-    layers: Sequence[Sequence[_Head]],
-    unembed: Mapping[str, Coordinates],
-    _positions: bool,
-    n_kv_heads: int,
-) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    n_heads, d_head = len(layers[0]), 12
-    config: Any = LlamaConfig(
-        **_shared(vocabulary),
-        max_position_embeddings=_N_CTX,
-        hidden_size=stream.d_model,
-        intermediate_size=1,
-        num_hidden_layers=len(layers),
-        num_attention_heads=n_heads,
-        num_key_value_heads=n_kv_heads,
-        head_dim=d_head,
-        rms_norm_eps=EPSILON,
-        rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA},
-    )
-    model: Any = LlamaForCausalLM(config)
-    _clear(model)
-    with torch.no_grad():
-        _tokens(stream, vocabulary, unembed, model.model.embed_tokens, model.lm_head)
-        for block, heads in zip(model.model.layers, layers, strict=True):
-            parts = [_weights(stream, head, vocabulary, d_head, True) for head in heads]
-            q, k, v, o = zip(*parts, strict=True)
-            first = slice(None, None, n_heads // n_kv_heads)  # a group shares keys and values
-            attention = block.self_attn
-            attention.q_proj.weight.copy_(torch.cat(q, dim=1).T)
-            attention.k_proj.weight.copy_(torch.cat(k[first], dim=1).T)
-            attention.v_proj.weight.copy_(torch.cat(v[first], dim=1).T)
-            attention.o_proj.weight.copy_(torch.cat(o).T)
-    return model
-
-
-def _shared(vocabulary: Sequence[str]) -> dict[str, Any]:
-    return {
-        "vocab_size": len(vocabulary),
-        "tie_word_embeddings": False,
-        "attn_implementation": "eager",
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-
-
-def _clear(model: Any) -> None:
-    """Everything zero, norm gains one, in float64."""
-    model.double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_gain = name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "norm.weight"))
-            parameter.fill_(float(is_gain))
-
-
-def _tokens(
-    stream: _Stream,
-    vocabulary: Sequence[str],
-    unembed: Mapping[str, Coordinates],
-    embedding: Any,
-    lm_head: Any,
-) -> None:
-    for i, token in enumerate(vocabulary):
-        embedding.weight[i] = stream.write({token: 1})
-        lm_head.weight[i] = stream.read(unembed.get(token, {}))
-
-
-def _head_width(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _sae(
-    layer: int,
-    features: Sequence[_Feature],
-    n_heads: int,
-    d_head: int,
-    b_dec: float,
-    name: str,
-    dtype: torch.dtype,
-) -> Any:
-    """A plain sae_lens SAE; ``b_dec`` stands on every dimension that a feature writes."""
-    from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
-
-    hook_name = f"blocks.{layer}.attn.hook_z"
-    sae = StandardSAE(
-        StandardSAEConfig(
-            d_in=n_heads * d_head,
-            d_sae=len(features),
-            dtype=str(dtype).removeprefix("torch."),
-            device="cpu",
-            apply_b_dec_to_input=True,
-            normalize_activations="none",
-            reshape_activations="hook_z",
-            metadata=SAEMetadata(model_name=name, hook_name=hook_name, prepend_bos=False),
-        )
-    )
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.zero_()
-        for i, feature in enumerate(features):
-            sae.b_enc[i] = feature.bias
-            for (head, dim), weight in feature.reads.items():
-                sae.W_enc[head * d_head + dim, i] = weight
-            for (head, dim), weight in feature.writes.items():
-                sae.W_dec[i, head * d_head + dim] = weight
-                sae.b_dec[head * d_head + dim] = b_dec
-    return sae.eval()
-
-
-def _tokenizer(ids: dict[str, int]) -> Any:
-    """Words split at spaces; BOS is written out in prompts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words: Any = Tokenizer(models.WordLevel(ids, unk_token=BOS))  # pyright: ignore[reportCallIssue]
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token=BOS, eos_token=BOS, pad_token=BOS, unk_token=BOS
     )

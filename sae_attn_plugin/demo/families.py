@@ -45,16 +45,16 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_attn_plugin.demo.circuits import (
+from sae_attn_plugin.demo.by_hand import (
     BOS,
-    _Feature,
-    _gpt2,
-    _Head,
-    _looks_back,
-    _sae,
-    _scale,
-    _Stream,
-    _tokenizer,
+    FeatureSpec,
+    HeadSpec,
+    Stream,
+    gpt2_model,
+    looks_back,
+    norm_scale,
+    sae_of,
+    tokenizer_of,
 )
 from sae_attn_plugin.errors import InputError
 
@@ -134,7 +134,7 @@ def plant(seed: int = 0, noise: float = 0.0, *, rows: int = 80, each: int = 8) -
             "of each family, noise of 0 or more"
         )
     rng = random.Random(f"families {seed}")
-    stream = _Stream(
+    stream = Stream(
         _N,
         [
             *VOCABULARY,
@@ -142,8 +142,8 @@ def plant(seed: int = 0, noise: float = 0.0, *, rows: int = 80, each: int = 8) -
             *(f"{kind} {t}" for kind in ("prev", "say") for t in _ORDINARY),
         ],
     )
-    s0, s1 = _scale(_N, 1, 1), _scale(_N, 1, 1, 1)
-    model = _gpt2(
+    s0, s1 = norm_scale(_N, 1, 1), norm_scale(_N, 1, 1, 1)
+    model = gpt2_model(
         stream,
         VOCABULARY,
         _heads(s0),
@@ -158,7 +158,7 @@ def plant(seed: int = 0, noise: float = 0.0, *, rows: int = 80, each: int = 8) -
         rng.shuffle(planted)
         specs = [feature for _, _, feature in planted]
         d_head = 2 * _N // _N_HEADS
-        sae = _sae(layer, specs, _N_HEADS, d_head, 0.0, "planted-families", torch.float32)
+        sae = sae_of(layer, specs, _N_HEADS, d_head, 0.0, "planted-families", torch.float32)
         saes.append(sae)
         truth += [(layer, i, name, families) for i, (name, families, _) in enumerate(planted)]
     generator = torch.Generator().manual_seed(seed)
@@ -168,7 +168,7 @@ def plant(seed: int = 0, noise: float = 0.0, *, rows: int = 80, each: int = 8) -
     return PlantedFamilies(
         model,
         tuple(saes),
-        _tokenizer(ids),
+        tokenizer_of(ids),
         torch.tensor(text),
         pd.DataFrame(truth, columns=["layer", "feature", "name", "families"]),
     )
@@ -255,7 +255,7 @@ def pooled(table: pd.DataFrame) -> pd.DataFrame:
 # -- the model -----------------------------------------------------------------------------------
 
 
-def _heads(s0: float) -> list[list[_Head]]:
+def _heads(s0: float) -> list[list[HeadSpec]]:
     """Heads 0.0 and 1.0 write; the others only fill z."""
     own = [({f"@{p}": 1.0}, {f"@{p}": 1.0}) for p in range(N_CTX)]
     others = [({f"@{p}": -1.0}, {f"@{p}": 1.0}) for p in range(N_CTX)]
@@ -267,24 +267,24 @@ def _heads(s0: float) -> list[list[_Head]]:
     return [
         [
             # a gain of s0 writes "prev t" with 1, as large as the token itself
-            _looks_back([(t, {f"prev {t}": s0}) for t in _ORDINARY], 1.0, N_CTX),
-            _Head([*(({t: 1.0}, {t: 1.0}) for t in _ORDINARY), *others], quiet),
-            _Head(own, [*quiet, *places], rests=False),
-            _Head(moves=[(BOS, {})]),
+            looks_back([(t, {f"prev {t}": s0}) for t in _ORDINARY], 1.0, N_CTX),
+            HeadSpec([*(({t: 1.0}, {t: 1.0}) for t in _ORDINARY), *others], quiet),
+            HeadSpec(own, [*quiet, *places], rests=False),
+            HeadSpec(moves=[(BOS, {})]),
         ],
         [
-            _Head(
+            HeadSpec(
                 [({t: 1.0}, {f"prev {t}": 1.0}) for t in _ORDINARY],
                 [(t, {f"say {t}": 1.0}) for t in _ORDINARY],
             ),
-            _Head(window, quiet, rests=False),
-            _Head((), quiet, rests=False),
-            _looks_back([(t, {f"say {_NEXT.get(t, t)}": 1.0}) for t in _COUNTED], 1.0, N_CTX),
+            HeadSpec(window, quiet, rests=False),
+            HeadSpec((), quiet, rests=False),
+            looks_back([(t, {f"say {_NEXT.get(t, t)}": 1.0}) for t in _COUNTED], 1.0, N_CTX),
         ],
     ]
 
 
-_Planted = tuple[str, tuple[str, ...], _Feature]
+_Planted = tuple[str, tuple[str, ...], FeatureSpec]
 
 
 def _reads(
@@ -292,10 +292,10 @@ def _reads(
     threshold: float,
     unit: float,
     writes: dict[tuple[int, int], float] | None = None,
-) -> _Feature:
+) -> FeatureSpec:
     """Reads amounts (head, dimension, weight) of z in ``unit``; fires above ``threshold``."""
     reads = {(head, dim): weight / unit for head, dim, weight in parts}
-    return _Feature(reads, writes or {(head, dim): 1.0 for head, dim, _ in parts}, -threshold)
+    return FeatureSpec(reads, writes or {(head, dim): 1.0 for head, dim, _ in parts}, -threshold)
 
 
 def _dim(token: str) -> int:
