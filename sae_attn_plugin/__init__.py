@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from sae_attn_plugin.graphs.paths import strongest_paths
     from sae_attn_plugin.graphs.picture import draw
     from sae_attn_plugin.graphs.structure import Cut, dominators, min_cut, subgraph_around
-    from sae_attn_plugin.interventions.apply import InterventionResult
     from sae_attn_plugin.interventions.datasets import DatasetResult
     from sae_attn_plugin.interventions.edits import (
         AblateError,
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
         Steer,
     )
     from sae_attn_plugin.interventions.faithfulness import Faithfulness, faithfulness
+    from sae_attn_plugin.interventions.result import InterventionResult
     from sae_attn_plugin.interventions.validate import Agreement, Validation, validate
     from sae_attn_plugin.lens import FeatureLens, Run
     from sae_attn_plugin.nodes import Direction, Feature, HeadScore, Logit, LogitDiff, Node
@@ -107,7 +107,7 @@ _PUBLIC = {
     "Evaluation": "evaluation",
     "HookedModel": "backends.hooked",
     "InputError": "errors",
-    "InterventionResult": "interventions.apply",
+    "InterventionResult": "interventions.result",
     "Logit": "nodes",
     "LogitDiff": "nodes",
     "Mean": "interventions.edits",

@@ -67,7 +67,7 @@ from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.fingerprints import fingerprint, model_fingerprint, source_of
 from sae_attn_plugin.graphs.aligned import AlignedAttribution, Aligner
 from sae_attn_plugin.heads import fit
-from sae_attn_plugin.interventions import apply, datasets
+from sae_attn_plugin.interventions import apply, datasets, reading, result
 from sae_attn_plugin.interventions.edits import Edit
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
@@ -414,7 +414,7 @@ class FeatureLens:
         sources: Mapping[str, Run | Dataset] | None = None,
         max_new_tokens: int = 0,
         patterns: Sequence[int] = (),
-    ) -> apply.InterventionResult:
+    ) -> result.InterventionResult:
         """Run the model again with edits; see :func:`interventions.apply.intervene`."""
         return apply.intervene(
             self,
@@ -597,7 +597,7 @@ class Run:
         """What each dictionary reads, by the kind of its features and its layer."""
         lens, values = self.lens, self.capture.values
         return {
-            (d.kind, layer): apply.what_it_reads(lens, d, values)
+            (d.kind, layer): reading.what_it_reads(lens, d, values)
             for layer, d in lens.all_dictionaries()
         }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import sae_attn_plugin as sap
 from sae_attn_plugin.backends import architectures
 from sae_attn_plugin.backends.architectures import ARCHITECTURES, Architecture
-from sae_attn_plugin.interventions.apply import FREEZABLE
+from sae_attn_plugin.interventions.edits import FREEZABLE
 
 # TransformerLens 3 announces that version 4 will drop HookedTransformer.
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")

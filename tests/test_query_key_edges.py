@@ -14,7 +14,7 @@ from helpers import HOSTS, TINY, on_host, random_saes, word_tokenizer
 
 import sae_attn_plugin as sap
 from sae_attn_plugin.backends.protocol import Site
-from sae_attn_plugin.interventions import apply
+from sae_attn_plugin.interventions.plan import Plan
 
 F32 = torch.float32
 TOKENS = [3, 57, 7, 19, 7, 13, 2, 41, 23]
@@ -271,14 +271,14 @@ def test_what_does_not_come_back_is_missed(
     """From a model that sends its sites back and nothing else."""
     lens = lens_of("llama", "hooked_transformer", F32)
     run, edge = lens.run([TOKENS]), sap.PatchEdge("attn_out:0", "query:2.1")
-    forward = apply._Plan.forward
+    forward = Plan.forward
 
     def alone(plan: Any, *args: Any) -> Any:
         found = forward(plan, *args)
         plan.seen.clear()
         return found
 
-    monkeypatch.setattr(apply._Plan, "forward", alone)
+    monkeypatch.setattr(Plan, "forward", alone)
     with pytest.raises(sap.UnsupportedError, match=r"pattern of head 2\.1.* remote model"):
         lens.intervene(run, [edge], patterns=[2])
     with pytest.raises(sap.UnsupportedError, match=r"layer 2: edits of features"):

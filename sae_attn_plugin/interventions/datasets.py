@@ -100,7 +100,8 @@ def intervene_dataset(
     Raises:
         InputError: what does not fit, before anything is run for long.
     """
-    from sae_attn_plugin.interventions.apply import _Plan, resolve_freeze
+    from sae_attn_plugin.interventions.apply import resolve_freeze
+    from sae_attn_plugin.interventions.plan import Plan
     from sae_attn_plugin.interventions.sources import Sources
 
     if batch_size is not None:
@@ -126,7 +127,7 @@ def intervene_dataset(
             run = lens.run_rows(dataset, members)
             clean[members] = run.roles.score(run.logits).to(clean)
             for name, of_set in sets.items():
-                plan = _Plan(lens, run, held, of_set, given, members, n)
+                plan = Plan(lens, run, held, of_set, given, members, n)
                 edited[name][members] = plan.run_once().metric.to(clean)
                 bar.update(len(members))
     results = {

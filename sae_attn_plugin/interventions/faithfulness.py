@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from sae_attn_plugin.backends.protocol import Norm, Site
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions import steps
-from sae_attn_plugin.interventions.apply import what_it_reads
 from sae_attn_plugin.interventions.datasets import batches
+from sae_attn_plugin.interventions.reading import what_it_reads
 from sae_attn_plugin.nodes import Node
 from sae_attn_plugin.statistics import Interval, bootstrap
 

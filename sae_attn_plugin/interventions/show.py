@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sae_attn_plugin.interventions.apply import InterventionResult
+    from sae_attn_plugin.interventions.result import InterventionResult
 
 _EACH = 6  # most probable tokens of the clean and of the edited run
 

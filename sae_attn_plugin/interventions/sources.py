@@ -57,7 +57,7 @@ def gather(run: Run, quantity: Quantity, where: Sequence[int] | None) -> Tensor:
     """A quantity in a run of equal length: ``[prompt, ...]``, or ``[prompt, position, ...]``
     everywhere."""
     if quantity.kind in ("feature", "error"):
-        from sae_attn_plugin.interventions.apply import what_it_reads
+        from sae_attn_plugin.interventions.reading import what_it_reads
 
         dictionary, values = run.dictionary(quantity.layer, quantity.of), run.capture.values
         x = what_it_reads(run.lens, dictionary, values).to(run.lens.backend.geometry.device)

@@ -16,8 +16,10 @@ from tqdm.auto import tqdm
 
 from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.interventions.apply import InterventionResult, intervene, read_by
+from sae_attn_plugin.interventions.apply import intervene
 from sae_attn_plugin.interventions.edits import FREEZABLE, AddToStream
+from sae_attn_plugin.interventions.reading import read_by
+from sae_attn_plugin.interventions.result import InterventionResult
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
     PASSING_KINDS,

@@ -1,0 +1,103 @@
+"""What dictionaries read in a run whose sites were read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_attn_plugin.backends.protocol import (
+    Geometry,
+    LayerWeights,
+    Norm,
+    Site,
+)
+from sae_attn_plugin.interventions import steps
+
+if TYPE_CHECKING:
+    from sae_attn_plugin.dictionaries import Dictionary
+    from sae_attn_plugin.lens import FeatureLens, Run
+
+
+def what_it_reads(
+    lens: FeatureLens,
+    dictionary: Dictionary,
+    values: Mapping[Site, Tensor],
+    scale: Tensor | None = None,
+) -> Tensor:
+    """What a dictionary reads on a run, ``[batch, position, ...]``: z as it stands, what attention
+    makes of it, or what stands in front of the MLP.
+
+    Args:
+        scale: of the norm on the way, where it is held.
+    """
+    layer = dictionary.layer
+    if dictionary.reads in ("resid_pre", "resid_mid"):
+        sites = sites_of_stream(dictionary, lens.backend.geometry)
+        return torch.stack([values[site] for site in sites]).sum(0)
+    if dictionary.reads == "z":
+        return values[Site("z", layer)]
+    if dictionary.reads == "mlp_out":
+        return values[Site("mlp_out", layer)]
+    weights = lens.backend.layer_weights(layer)
+    if dictionary.reads == "attn_out":
+        raw = weights.attn_out(values[Site("z", layer)].to(weights.W_O))
+        return raw if weights.post_norm is None else weights.post_norm.as_host(raw, scale)
+    x = values[Site("resid_pre", layer)]
+    if not lens.backend.geometry.parallel:
+        x = x + values[Site("attn_out", layer)].to(x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = weights.mlp_norm or Norm("none")
+    return steps.mlp_reader(lambda: x, dictionary.reads, norm, scale, dtype)()
+
+
+def read_by(
+    run: Run,
+    dictionary: Dictionary,
+    values: Mapping[Site, Tensor],
+    held: Mapping[str, frozenset[int]],
+) -> Float[Tensor, "batch position ..."]:
+    """What a dictionary reads in a run whose sites were read, in float32 or float64.
+
+    Args:
+        held: by part, where it was held. Held attention is live in z still, and held norms keep
+            their scale.
+    """
+    scale = None
+    behind_norm = dictionary.reads not in ("resid_pre", "resid_mid")
+    if behind_norm and dictionary.layer in held.get("norms", ()):
+        weights = run.lens.backend.layer_weights(dictionary.layer)
+        scale = _scale_before(run, dictionary, weights)
+    read = what_it_reads(run.lens, dictionary, values, scale)
+    return read.to(torch.promote_types(read.dtype, torch.float32))
+
+
+def sites_of_stream(dictionary: Dictionary, geometry: Geometry) -> list[Site]:
+    """Sites whose sum a residual SAE reads."""
+    layer, last = dictionary.layer, geometry.n_layers - 1
+    if dictionary.reads == "resid_mid":
+        return [Site("resid_pre", layer), Site("attn_out", layer)]
+    if layer <= last:
+        return [Site("resid_pre", layer)]
+    names = ["resid_pre", "attn_out", *["mlp_out"] * geometry.has_mlp]
+    return [Site(name, last) for name in names]
+
+
+def _scale_before(run: Run, dictionary: Dictionary, weights: LayerWeights) -> Tensor | None:
+    """The clean scale of the norm on the way to what a dictionary reads."""
+    layer, clean = dictionary.layer, run.capture
+    if dictionary.reads == "attn_out" and weights.post_norm is not None:
+        return scale_of(weights.post_norm, weights.attn_out(clean["z", layer].to(weights.W_O)))
+    if dictionary.reads in ("mlp_in", "mlp_normalised") and weights.mlp_norm is not None:
+        middle = clean["resid_pre", layer]
+        if not run.lens.backend.geometry.parallel:
+            middle = middle + clean["attn_out", layer]
+        return scale_of(weights.mlp_norm, middle)
+    return None
+
+
+def scale_of(norm: Norm, clean: Tensor) -> Tensor:
+    return norm.scale(clean.to(torch.promote_types(clean.dtype, torch.float32)))
