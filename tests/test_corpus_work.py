@@ -70,6 +70,7 @@ def test_a_stopped_survey_goes_on(tmp_path: Path, batches: int, monkeypatch: Any
     )
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_only_what_came_after_its_last_checkpoint(tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys
@@ -113,6 +114,7 @@ def make_lens() -> sap.FeatureLens:
     return lens_of("gpt2")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_two_workers_of_which_one_is_killed_give_the_same_tables(

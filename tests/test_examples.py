@@ -24,7 +24,10 @@ WITH_CELLS = (
 )
 
 
-@pytest.mark.parametrize("name", WITH_CELLS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "feature_families")) for n in WITH_CELLS],
+)
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -422,6 +422,7 @@ def resident(process_id: int) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+@pytest.mark.slow
 def test_fifty_at_once_then_killed_then_started_anew(tmp_path: Path, record_property: Any) -> None:
     """None lost, each its own answer, memory flat; after SIGKILL the same port serves again."""
     questions = []

@@ -159,6 +159,7 @@ def test_same_bytes_twice_and_pyplot_stays_out(tmp_path: Path) -> None:
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
+@pytest.mark.slow
 def test_long_prompts_and_deep_models(tmp_path: Path) -> None:
     figure = sap.draw(some_graph(200, TOKENS * 10, layers=26), tmp_path / "a.png")
     assert len(centres(figure)) == 200

@@ -35,6 +35,7 @@ Study("quality", dict(lens.provenance), {"main": run.features()}).save("study.js
 """
 
 
+@pytest.mark.slow
 def test_the_same_files_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, where other tests have run, and in a new process with other hashes."""
     here, there = tmp_path / "here", tmp_path / "there"
