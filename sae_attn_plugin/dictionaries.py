@@ -263,7 +263,7 @@ class Dictionary:
 
     def decoder(self, features: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n ..."]:
         """Decoder rows, before the normalisation's output scale."""
-        rows = self.W_dec.index_select(0, features).to(dtype)
+        rows = self.W_dec.index_select(0, features.to(self.W_dec.device)).to(dtype)
         if self.decoder_scale is not None:
             rows = rows * self.decoder_scale[features, None].to(dtype)
         return rows.unflatten(-1, self.shape)
