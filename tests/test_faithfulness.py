@@ -128,16 +128,60 @@ def test_roles_and_resampling(lens: Any, ioi: Any, graph: Any) -> None:
     # the complement keeps all but the circuit: the same as patching the circuit from the others
     edits: list[sap.Edit] = []
     for name in found.nodes:
-        node = sap.Node.parse(name)
-        role, other = roles[node.position], sap.From("abc")
+        body, role = name.split("@")
+        kind, layer, *feature = body.split(":")
+        other = sap.From("abc")
         edits.append(
-            sap.AblateFeature(node.layer, node.feature, role, to=other)  # type: ignore[arg-type]
-            if node.kind == "attn"
-            else sap.AblateError(node.layer, role, to=other)  # type: ignore[arg-type]
+            sap.AblateFeature(int(layer), int(feature[0]), role, to=other)
+            if kind == "attn"
+            else sap.AblateError(int(layer), role, to=other)
         )
     patched = lens.intervene_dataset(ioi, edits, sources={"abc": ioi.abc()}).edited
     assert found.complement == pytest.approx(float(patched.mean()), abs=1e-3)
     assert 0 < len(found.nodes) < 25
+
+
+def test_a_circuit_of_many_prompts(lens: Any, ioi: Any) -> None:
+    """Components of averaged attributions, the most influential first, everywhere or by role."""
+    train = sap.tasks.IOIDataset(5, lens.tokenizer, 9, prepend_bos=lens.prepend_bos)
+    many = lens.attribute_many(train, nodes=1, edges=1, progress=False)
+    options: Any = {"ablate": "zero", "minimality": 0, "shares": (0, 0.5, 1)}
+    found = sap.faithfulness(many, lens, ioi, max_nodes=40, **options)
+    frame = many.nodes[many.nodes["kind"].isin(["attn", "attn_err"])]
+    body = frame.index.str.partition("@").get_level_values(0)
+    strongest = frame["influence"].groupby(body).sum().sort_values(ascending=False)
+    assert list(found.nodes) == list(strongest.index[:40])
+    by_hand: Any = nx.DiGraph()
+    for name, influence in strongest.iloc[:40].items():
+        by_hand.add_node(f"{name}@0", influence=influence)
+    again = sap.faithfulness(by_hand, lens, ioi, **options)
+    assert (again.nodes, again.circuit) == (found.nodes, found.circuit)
+
+    whole = sap.faithfulness(many, lens, ioi, **options)
+    assert len(whole.nodes) == len(strongest)
+    assert whole.faithful.value > found.faithful.value  # most of the model's features
+
+    at_roles = sap.faithfulness(many, lens, ioi, positions="same", max_nodes=40, **options)
+    of_roles = frame[frame["role"] != "other"]["influence"].sort_values(ascending=False)
+    expected = [name for name in of_roles.index[:40] if "=" not in name]
+    assert [name for name in at_roles.nodes if name in set(of_roles.index)] == expected
+    edits: list[sap.Edit] = []
+    for name in at_roles.nodes:
+        body, role = name.split("@")
+        kind, layer, *feature = body.split(":")
+        edits.append(
+            sap.AblateFeature(int(layer), int(feature[0]), role)
+            if kind == "attn"
+            else sap.AblateError(int(layer), role)
+        )
+    ablated = lens.intervene_dataset(ioi, edits).edited
+    assert at_roles.complement == pytest.approx(float(ablated.mean()), abs=1e-3)
+    with pytest.raises(sap.InputError, match="have roles already"):
+        sap.faithfulness(many, lens, ioi, positions={14: "END"})
+    with pytest.raises(sap.InputError, match="max_nodes=0: expected at least 1"):
+        sap.faithfulness(many, lens, ioi, max_nodes=0)
+    with pytest.raises(sap.InputError, match="expected 'all', 'same', or roles"):
+        sap.faithfulness(many, lens, ioi, positions="some")  # type: ignore[arg-type]
 
 
 def test_a_report_is_written(lens: Any, ioi: Any, graph: Any, tmp_path: Any) -> None:

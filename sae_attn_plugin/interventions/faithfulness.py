@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import torch
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sae_attn_plugin.backends.protocol import Norm, Site
 from sae_attn_plugin.errors import InputError
+from sae_attn_plugin.graphs.aligned import OTHER, AlignedAttribution
 from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.datasets import batches
 from sae_attn_plugin.interventions.reading import what_it_reads
@@ -24,7 +26,6 @@ from sae_attn_plugin.nodes import Node
 from sae_attn_plugin.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
-    import networkx as nx
     from matplotlib.figure import Figure
 
     from sae_attn_plugin.dictionaries import Dictionary
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 Place = tuple[str, int]  # kind of dictionary and layer
-Component = tuple[str, int, int | None, int | None]  # kind, layer, feature, position
+# kind, layer, feature, and where: a position, a role, or everywhere
+Component = tuple[str, int, int | None, int | str | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,8 @@ class Faithfulness:
         cpr, cmd: areas under the curve, and between it and 1.
         minimality: ``node, metric, drop``: the circuit without that node; ``drop`` is what is lost
             of the faithfulness. The largest first.
-        nodes: the circuit's components, the most influential first.
+        nodes: the circuit's components, the most influential first: ``attn:1:105`` everywhere,
+            ``attn:1:105@14`` at a position, ``attn:1:105@END`` at a role.
         about: how it was measured.
     """
 
@@ -108,7 +111,7 @@ class Faithfulness:
 
 
 def faithfulness(
-    graph: nx.DiGraph[Any],
+    graph: nx.DiGraph[Any] | AlignedAttribution,
     lens: FeatureLens,
     data: Dataset,
     *,
@@ -117,6 +120,7 @@ def faithfulness(
     kinds: Sequence[str] | None = None,
     errors: bool = True,
     positions: Literal["all", "same"] | Mapping[int, str] = "all",
+    max_nodes: int | None = None,
     shares: Sequence[float] = SHARES,
     minimality: int | None = 20,
     batch_size: int | None = None,
@@ -140,7 +144,8 @@ def faithfulness(
     features. SAEs on the residual stream split it and write nothing, so their features are none.
 
     Args:
-        graph: of this model and SAEs; its nodes of these kinds are the circuit.
+        graph: of this model and SAEs, or the attributions of many prompts
+            (:meth:`FeatureLens.attribute_many`); its nodes of these kinds are the circuit.
         data: ``IOIDataset`` or ``InductionDataset``, whose metric is measured.
         ablate: what an ablated component has: its mean over all prompts and positions of
             ``reference``, its value in the paired prompt of ``reference`` at the same position
@@ -152,7 +157,9 @@ def faithfulness(
         errors: whether the errors are components; if not they stay live.
         positions: where a component of the circuit is kept: ``"all"`` positions, the ``"same"``
             position as in the graph (prompts of the graph's length), or at roles, by position of
-            the graph: ``{10: "S2", 14: "END"}``; then nodes elsewhere are not kept.
+            the graph: ``{10: "S2", 14: "END"}``; then nodes elsewhere are not kept. Of many
+            prompts, ``"same"`` is the same role, and nodes without a role are not kept.
+        max_nodes: the circuit is only the most influential components, so many.
         shares: of the circuit, for the curve.
         minimality: of how many components, the most influential first; None: of all.
 
@@ -162,6 +169,10 @@ def faithfulness(
     """
     if ablate not in ("mean", "resample", "zero"):
         raise InputError(f"ablate must be 'mean', 'resample' or 'zero', got {ablate!r}")
+    if positions not in ("all", "same") and not isinstance(positions, Mapping):
+        raise InputError(f"positions={positions!r}: expected 'all', 'same', or roles by position")
+    if max_nodes is not None and max_nodes < 1:
+        raise InputError(f"max_nodes={max_nodes}: expected at least 1")
     if not all(0 <= share <= 1 for share in shares):
         raise InputError(f"shares must lie in [0, 1], got {list(shares)}")
     dictionaries = {
@@ -177,8 +188,8 @@ def faithfulness(
         dictionaries = {place: d for place, d in dictionaries.items() if place[0] in kinds}
     if reference is None:
         reference = data.abc() if hasattr(data, "abc") else data  # type: ignore[union-attr]
-    circuit = _components(graph, dictionaries, errors, positions)
-    job = _Job(lens, data, reference, dictionaries, ablate, errors, positions, batch_size)
+    circuit = _components(_nodes(graph, positions), dictionaries, errors)[:max_nodes]
+    job = _Job(lens, data, reference, dictionaries, ablate, errors, batch_size)
     chosen = circuit if minimality is None else circuit[:minimality]
     counts = sorted({math.ceil(share * len(circuit) - 1e-9) for share in shares})
     sets: dict[Any, tuple[frozenset[Component], bool]] = {
@@ -230,7 +241,7 @@ def faithfulness(
             "kinds": list(dict.fromkeys(kind for kind, _ in dictionaries)),
             "errors": errors,
             "positions": positions if isinstance(positions, str) else {**positions},
-            "model": graph.graph.get("model"),
+            "model": lens.backend.geometry.model_name,
         },
     )
 
@@ -239,22 +250,50 @@ def _fraction(means: np.ndarray) -> np.ndarray:
     return (means[..., 0] - means[..., 2]) / (means[..., 1] - means[..., 2])
 
 
+_Place = int | str | None
+
+
+def _nodes(
+    graph: nx.DiGraph[Any] | AlignedAttribution, positions: Any
+) -> Iterator[tuple[str, int | None, int | None, _Place, float]]:
+    """``kind, layer, feature, where, influence`` of every node."""
+    if isinstance(graph, AlignedAttribution):
+        if isinstance(positions, Mapping):
+            raise InputError(
+                "attributions of many prompts have roles already: give positions='same' or 'all'"
+            )
+        columns = [graph.nodes[name] for name in ("kind", "layer", "feature", "role", "influence")]
+        for kind, layer, feature, role, influence in zip(*columns, strict=True):
+            if positions == "all" or role != OTHER:
+                number = None if pd.isna(feature) else int(feature)
+                # one position can have several roles, here joined: one of them finds it
+                at = None if positions == "all" else str(role).partition("=")[0]
+                yield kind, None if pd.isna(layer) else int(layer), number, at, float(influence)
+        return
+    for name, data in graph.nodes(data=True):
+        node, at = Node.parse(name), None
+        if isinstance(positions, Mapping):
+            if node.position not in positions:
+                continue
+            at = positions[node.position]
+        elif positions == "same":
+            at = node.position
+        yield node.kind, node.layer, node.feature, at, data.get("influence") or 0.0
+
+
 def _components(
-    graph: nx.DiGraph[Any], dictionaries: Mapping[Place, Dictionary], errors: bool, positions: Any
+    nodes: Iterable[tuple[str, int | None, int | None, _Place, float]],
+    dictionaries: Mapping[Place, Dictionary],
+    errors: bool,
 ) -> list[Component]:
     """The circuit's components, the most influential first; the influence of one that stands for
     several nodes is the sum of theirs."""
     influence: dict[Component, float] = defaultdict(float)
-    for name, data in graph.nodes(data=True):
-        node = Node.parse(name)
-        kind = node.kind.removesuffix("_err")
-        if (kind, node.layer) not in dictionaries or (kind != node.kind and not errors):
+    for kind, layer, feature, at, strength in nodes:
+        of = kind.removesuffix("_err")
+        if layer is None or (of, layer) not in dictionaries or (of != kind and not errors):
             continue
-        assert node.layer is not None
-        if isinstance(positions, Mapping) and node.position not in positions:
-            continue
-        at = None if positions == "all" else node.position
-        influence[node.kind, node.layer, node.feature, at] += data.get("influence") or 0.0
+        influence[kind, layer, feature, at] += strength
     if not influence:
         raise InputError(
             f"the graph has no features of {_places(dictionaries)} (at these positions), so there "
@@ -307,7 +346,6 @@ class _Job:
     dictionaries: Mapping[Place, Dictionary]
     ablate: str
     errors: bool
-    positions: Any
     batch_size: int | None
 
     def run(
@@ -420,13 +458,12 @@ class _Job:
         names = ["resid_pre"] if self.lens.backend.geometry.parallel else ["resid_pre", "attn_out"]
         return [(name, layer) for name in names]
 
-    def _where(self, run: Run, position: int | None) -> Any:
+    def _where(self, run: Run, position: _Place) -> Any:
         """An index of ``[prompt, position]``."""
         if position is None:
             return slice(None), slice(None)
-        if isinstance(self.positions, Mapping):
-            at = run.roles.find(self.positions[position])
-            return torch.arange(len(run)), torch.tensor(at)
+        if isinstance(position, str):
+            return torch.arange(len(run)), torch.tensor(run.roles.find(position))
         if position >= run.tokens.shape[1]:
             raise InputError(
                 f"positions='same': a node stands at position {position}, but a prompt has "
