@@ -71,8 +71,8 @@ class Stream:
 
     def __init__(self, n: int, names: Sequence[str]) -> None:
         assert len(names) <= n, f"{len(names)} coordinates do not fit in {n}"
-        self.d_model = 2 * n
-        self.index = {name: i for i, name in enumerate(names)}
+        self.d_model: int = 2 * n
+        self.index: dict[str, int] = {name: i for i, name in enumerate(names)}
 
     def write(self, values: Coordinates) -> Tensor:
         """``[d_model]``"""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_attn_plugin.backends.protocol import (
     Capture,
+    Geometry,
     LayerWeights,
     Norm,
     Site,
@@ -71,16 +72,20 @@ class Plan:
         members: list[int],
         total: int,
     ) -> None:
-        self.lens, self.run, self.held = lens, run, held
-        self.g = lens.backend.geometry
-        self.dtype = torch.promote_types(self.g.dtype, torch.float32)
+        self.lens: FeatureLens = lens
+        self.run: Run = run
+        self.held: Mapping[str, frozenset[int]] = held
+        self.g: Geometry = lens.backend.geometry
+        self.dtype: torch.dtype = torch.promote_types(self.g.dtype, torch.float32)
         self.clean: Capture = run.capture
         self.seen: dict[Any, Tensor] = {}
         self.watched: set[tuple[str, int]] = set()
         self.steps: defaultdict[Site, list[SiteEdit]] = defaultdict(list)
-        self.members, self.total, self.sources = members, total, sources
+        self.members: list[int] = members
+        self.total: int = total
+        self.sources: Sources = sources
         self._known_scores: set[int] = set()
-        self.edits = [self._resolve(edit) for edit in edits]
+        self.edits: list[Resolved] = [self._resolve(edit) for edit in edits]
 
     # -- running ---------------------------------------------------------------------------------
 
