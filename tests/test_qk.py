@@ -266,6 +266,28 @@ def test_alibi_is_a_term_of_its_own() -> None:
     assert alibi["weight"].tolist() == pytest.approx([-4 * 2.0**-6])
     assert float(qk.relative_by_key.sum()) == pytest.approx(qk.relative_score, rel=1e-9)
 
+    # an edge into the query, against TransformerLens' own separate inputs
+    edge = sap.PatchEdge("attn_out:0", "query:1.2")
+    result = lens.intervene(run, [edge], patterns=[1])
+    model.set_use_split_qkv_input(True)
+    kept: list[torch.Tensor] = []
+
+    def without(value: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        value[:, :, 2] -= run.capture["attn_out", 0]
+        return value
+
+    with torch.no_grad():
+        logits = model.run_with_hooks(
+            run.tokens,
+            fwd_hooks=[
+                ("blocks.1.hook_q_input", without),
+                ("blocks.1.attn.hook_pattern", lambda value, hook: kept.append(value)),  # noqa: ARG005
+            ],
+        )
+    torch.testing.assert_close(result.logits, logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.patterns[1], kept[0], rtol=0, atol=1e-10)
+    assert (kept[0] - run.capture["pattern", 1]).abs().max() > 1e-3
+
 
 def test_remote_models_bring_queries_and_keys() -> None:
     for name in ("llama", "gptj", "gpt_neox", "qwen3"):
