@@ -158,12 +158,8 @@ def test_query_key_and_value_of_one_head(lens_of: LensMaker, model: str) -> None
     torch.testing.assert_close(alone[:, :, HEAD], whole[:, :, HEAD], rtol=1e-5, atol=1e-6)
     rest = [head for head in range(whole.shape[2]) if head != HEAD]
     torch.testing.assert_close(alone[:, :, rest], run.capture["z", LAYER][:, :, rest])
-    # one head beside all: what is changed for all is changed once
+    # an edge into one head beside those into all: the other heads see the latter alone
     both = z([*(f"{side}:{LAYER}" for side in sides), f"query:{LAYER}.{HEAD}"])
-    twice = lens.intervene(
-        run, [sap.PatchEdge("attn_out:0", f"query:{LAYER}")] * 2
-    ).patterns  # no patterns asked for
-    assert twice == {}
     torch.testing.assert_close(both[:, :, rest], whole[:, :, rest], rtol=1e-5, atol=1e-6)
 
 

@@ -179,7 +179,7 @@ class Plan:
     def _z_as_read(self, layer: int, found: Mapping[Site, Tensor]) -> Tensor:
         """z before the edits of the layer's dictionary, and after those of heads before them, where
         it was not seen: a remote model sends sites back and nothing else."""
-        if self._changes_z(layer):
+        if any(end.layer == layer and self._mixed_into_z(end) for end in self._readers()):
             raise UnsupportedError(
                 f"layer {layer}: edits of features together with an edge into single heads of the "
                 "same layer do not run on a remote model, which does not say what the features read"
@@ -592,39 +592,32 @@ class Plan:
 
     # -- edges -----------------------------------------------------------------------------------
 
+    @property
+    def _grouped(self) -> bool:
+        """Whether heads share keys and values."""
+        return self.g.n_kv_heads != self.g.n_heads
+
+    def _readers(self) -> list[End]:
+        """Of all edges."""
+        return [r.edit.target for r in self.edits if isinstance(r.edit, PatchEdge)]
+
+    def _mixed_into_z(self, end: End) -> bool:
+        """Whether an edge into heads changes z itself, and not the values it is made of."""
+        if end.kind == "value":
+            return self._grouped and end.index is not None
+        return end.kind in ("query", "key")
+
     def _layers_that_need_patterns(self) -> list[int]:
         """Layers in which an edge is mixed into z itself, whose patterns are live."""
-        grouped = self.g.n_kv_heads != self.g.n_heads
-        layers = set()
-        for r in self.edits:
-            if isinstance(r.edit, PatchEdge):
-                end = r.edit.target
-                one_head = end.kind == "value" and end.index is not None and grouped
-                asked = end.kind in ("attn", "query", "key") or one_head
-                if asked and not self._holds("patterns", end.layer):
-                    layers.add(end.layer)
-        return sorted(layers)
+        asked = [end for end in self._readers() if end.kind == "attn" or self._mixed_into_z(end)]
+        return sorted({end.layer for end in asked if not self._holds("patterns", end.layer)})
 
     def _heads_with_new_patterns(self, layer: int) -> list[int]:
         heads: set[int] = set()
-        for r in self.edits:
-            if isinstance(r.edit, PatchEdge):
-                end = r.edit.target
-                if end.kind in ("query", "key") and end.layer == layer:
-                    heads |= set(range(self.g.n_heads)) if end.index is None else {end.index}
+        for end in self._readers():
+            if end.kind in ("query", "key") and end.layer == layer:
+                heads |= set(range(self.g.n_heads)) if end.index is None else {end.index}
         return sorted(heads)
-
-    def _changes_z(self, layer: int) -> bool:
-        """Whether an edge into heads changes z of a layer by itself, and not its values."""
-        grouped = self.g.n_kv_heads != self.g.n_heads
-        own = ("query", "key", "value") if grouped else ("query", "key")
-        ends = [r.edit.target for r in self.edits if isinstance(r.edit, PatchEdge)]
-        return any(
-            end.layer == layer
-            and end.kind in own
-            and not (end.kind == "value" and end.index is None)
-            for end in ends
-        )
 
     def _change(self, r: Resolved) -> tuple[Any, Tensor | None, Tensor | None]:
         """What an edge changes in the residual stream that its reader sees."""
@@ -708,15 +701,14 @@ class Plan:
         scale = self._held_scale("attn_in", layer, weights)
         whole = by_head.pop(None, [])
         made: list[SiteEdit] = []
-        grouped = self.g.n_kv_heads != self.g.n_heads
-        alone = set() if grouped else set(by_head)
+        alone = set() if self._grouped else set(by_head)
         rest = [group for group in range(self.g.n_kv_heads) if group not in alone]
         if rest and whole:
             moved = steps.normed_change(live, [], whole, norm, scale)
             self.add("v", layer, steps.change_values(moved, weights.W_V, rest))
         for head, changes in by_head.items():
             assert head is not None
-            if not grouped:
+            if not self._grouped:
                 moved = steps.normed_change(live, [], [*whole, *changes], norm, scale)
                 self.add("v", layer, steps.change_values(moved, weights.W_V, [head]))
             elif pattern is not None:
@@ -733,34 +725,29 @@ class Plan:
         pattern: Tensor | None,
     ) -> list[SiteEdit]:
         """Edges into queries and keys: at z, of which the heads' patterns are mixed anew."""
-        sides = ("query", "key", "value")
-        given: dict[str, defaultdict[int | None, list[Any]]] = {
-            side: defaultdict(list) for side in sides
-        }
-        for r in edits:
-            if isinstance(r.edit, PatchEdge) and r.edit.target.kind in sides:
-                given[r.edit.target.kind][r.edit.target.index].append(self._change(r))
         heads = self._heads_with_new_patterns(layer)
         if not heads or pattern is None:
             return []
+        given: defaultdict[tuple[str, int | None], list[Any]] = defaultdict(list)
+        for r in edits:
+            if isinstance(r.edit, PatchEdge):
+                end = r.edit.target
+                given[end.kind, end.index].append(self._change(r))
         live, scale = self._stream(layer), self._held_scale("attn_in", layer, weights)
-        totals = {side: steps.total(given[side][None]) for side in sides if given[side][None]}
-        n_kv, grouped = self.g.n_kv_heads, self.g.n_kv_heads != self.g.n_heads
+        of_all = {side: steps.total(given[side, None]) for side in ("query", "key")}
         changes = []
         for head in heads:
-            of_head: list[Any] = []
-            for side in ("query", "key"):
-                if own := given[side][head]:
-                    of_head.append(steps.total([*given[side][None], *own]))
-                else:
-                    of_head.append(totals.get(side))
-            value = None
-            if grouped and given["value"][head]:  # which are not in the group's values
-                moved = steps.normed_change(
-                    live, given["value"][None], given["value"][head], weights.norm, scale
-                )
-                value = moved, weights.W_V[head // (self.g.n_heads // n_kv)]
-            changes.append((head, *of_head, value))
+            query, key = (
+                steps.total([*given[side, None], *given[side, head]])
+                if given[side, head]
+                else (of_all[side] if given[side, None] else None)
+                for side in ("query", "key")
+            )
+            value, whole, own = None, given["value", None], given["value", head]
+            if self._grouped and own:  # which are not in the group's values
+                moved = steps.normed_change(live, whole, own, weights.norm, scale)
+                value = moved, weights.W_V[head // (self.g.n_heads // self.g.n_kv_heads)]
+            changes.append((head, query, key, value))
         scores, held = self._scores(layer, pattern.shape[-1]), (None, None)
         if self._holds("norms", layer):
             x = self.clean["resid_pre", layer].to(self.g.device, self.dtype)
