@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 Place = tuple[str, int]  # kind of dictionary and layer
-# kind, layer, feature, and where: a position, a role, or everywhere
-Component = tuple[str, int, int | None, int | str | None]
+Where = int | str | None  # a position, a role, everywhere
+Component = tuple[str, int, int | None, Where]  # kind, layer, feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,12 +250,9 @@ def _fraction(means: np.ndarray) -> np.ndarray:
     return (means[..., 0] - means[..., 2]) / (means[..., 1] - means[..., 2])
 
 
-_Place = int | str | None
-
-
 def _nodes(
     graph: nx.DiGraph[Any] | AlignedAttribution, positions: Any
-) -> Iterator[tuple[str, int | None, int | None, _Place, float]]:
+) -> Iterator[tuple[str, int | None, int | None, Where, float]]:
     """``kind, layer, feature, where, influence`` of every node."""
     if isinstance(graph, AlignedAttribution):
         if isinstance(positions, Mapping):
@@ -282,7 +279,7 @@ def _nodes(
 
 
 def _components(
-    nodes: Iterable[tuple[str, int | None, int | None, _Place, float]],
+    nodes: Iterable[tuple[str, int | None, int | None, Where, float]],
     dictionaries: Mapping[Place, Dictionary],
     errors: bool,
 ) -> list[Component]:
@@ -458,7 +455,7 @@ class _Job:
         names = ["resid_pre"] if self.lens.backend.geometry.parallel else ["resid_pre", "attn_out"]
         return [(name, layer) for name in names]
 
-    def _where(self, run: Run, position: _Place) -> Any:
+    def _where(self, run: Run, position: Where) -> Any:
         """An index of ``[prompt, position]``."""
         if position is None:
             return slice(None), slice(None)
