@@ -179,6 +179,35 @@ def test_filters(show: Open, survey: Path) -> None:
     page.get_by_text("No feature matches.").wait_for()
 
 
+@pytest.mark.parametrize("wanted", ["#0/3", "#?layer=1&q=e"])
+def test_a_filter_typed_last_holds_no_one_back(show: Open, wanted: str) -> None:
+    page = show()
+    page.evaluate(
+        """(wanted) => {
+          const { showFeature } = SaeAttnCards;
+          SaeAttnCards.showFeature = async (...asked) => {  // a slow disk
+            await new Promise((done) => setTimeout(done, 400));
+            return showFeature(...asked);
+          };
+          const field = document.querySelector("[data-filter=q]");
+          field.value = "the";
+          field.dispatchEvent(new Event("input"));
+          const soon = performance.now() + 200;
+          setTimeout(() => {
+            location.hash = wanted;
+            while (performance.now() < soon);  // the filter's wait ends before the page turns
+          }, 20);
+        }""",
+        wanted,
+    )
+    ready(page, wanted)
+    if "/" in wanted:
+        assert page.locator("h1").inner_text() == "Feature 0/3"
+        page.keyboard.press("u")
+        ready(page, "#?q=the")
+        assert page.locator("[data-filter=q]").input_value() == "the"
+
+
 def test_search_leads_to_features_heads_and_tokens(show: Open, survey: Path) -> None:
     page = show()
     box = page.locator("header input")

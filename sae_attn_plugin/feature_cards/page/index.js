@@ -69,9 +69,13 @@
 
   cards.showIndex = async function (main, query) {
     const now = choices(query);
+    let kept = location.hash;
+    const left = () => !list.isConnected || location.hash !== kept; // the reader has gone on
     const keep = () => {
-      history.replaceState(null, "", address(now));
       cards.lastIndex = address(now);
+      if (location.hash !== kept) return; // the next page may still be on its way
+      history.replaceState(null, "", address(now));
+      kept = location.hash;
     };
     const heads = el("div", {});
     const list = el("div", { class: "sac-list" });
@@ -100,9 +104,10 @@
     showHeads();
     let turn = 0;
     async function refresh(page = 0) {
-      if (!list.isConnected) return; // the reader has gone on
+      if (!list.isConnected) return;
       now.page = page;
       keep();
+      if (left()) return;
       const mine = ++turn;
       const wanted = cards.site.layers.map((one) => one.layer)
         .filter((layer) => now.layer === "all" || String(layer) === now.layer);
@@ -112,7 +117,7 @@
           list.replaceChildren(el("p", { class: "sag-note", role: "status" },
             `Reading layer ${i + 1} of ${wanted.length} …`));
         const data = await cards.layer(layer);
-        if (mine !== turn || !list.isConnected) return;
+        if (mine !== turn || left()) return;
         for (const one of matches(layer, data, now)) found.push(one);
       }
       sorted(found, now);
