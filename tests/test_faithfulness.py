@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_transcoder, sae_at
+from typer.testing import CliRunner
 
 import sae_attn_plugin as sap
+from sae_attn_plugin import cli
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,87 @@ def test_a_report_is_written(lens: Any, ioi: Any, graph: Any, tmp_path: Any) -> 
     assert data["cpr"] == found.cpr
     assert len(data["curve"]) == 3
     assert found.save(tmp_path / "curve.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["faithfulness", *map(str, arguments)])
+
+
+def test_the_command_on_a_graph_file(lens: Any, graph: Any, tmp_path: Any) -> None:
+    """The report of the call, on the model that the file names; the screen shows its numbers."""
+    file, report, picture = (tmp_path / name for name in ("g.json", "r.json", "r.png"))
+    sap.save(graph, file)
+    options = ("--prompts", 4, "--seed", 3, "--max-nodes", 6, "--minimality", 2, "--no-errors")
+    result = call(file, *options, "--ablate", "zero", "--out", report, "--out", picture)
+    assert result.exit_code == 0, result.output
+    ioi = sap.tasks.IOIDataset(4, lens.tokenizer, 3, prepend_bos=lens.prepend_bos)
+    found = sap.faithfulness(
+        graph, lens, ioi, ablate="zero", errors=False, max_nodes=6, minimality=2
+    )
+    assert json.loads(report.read_text()) == found.to_dict()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"6 components on {len(ioi)} ioi prompts, the others at zero" in result.output
+    for shown in (found.circuit, found.complement, found.model, found.empty):
+        assert f"{shown:.4f}" in result.output
+    assert f"CPR {found.cpr:.3f}, CMD {found.cmd:.3f}" in result.output
+
+    result = call(file, "--task", "induction", "--prompts", 3, "--minimality", 0)
+    assert result.exit_code == 0, result.output
+    rows = sap.tasks.InductionDataset.random_repeats(
+        3, lens.tokenizer, 0, prepend_bos=lens.prepend_bos
+    )
+    again = sap.faithfulness(graph, lens, rows, minimality=0)
+    assert f"{again.circuit:.4f}" in result.output
+
+
+@pytest.mark.parametrize("transcoders", [False, True])
+def test_the_command_averages_prompts(tmp_path: Any, transcoders: bool) -> None:
+    lens, report = sap.demo.load(transcoders=transcoders), tmp_path / "r.json"
+    options = ("--average", 3, "--prompts", 4, "--seed", 1, "--max-nodes", 9, "--minimality", 1)
+    kind = "tc" if transcoders else "attn"
+    given = ("--transcoders", "demo", "--kinds", "tc") if transcoders else ()
+    result = call("--model", "demo", *options, *given, "--positions", "same", "--out", report)
+    assert result.exit_code == 0, result.output
+    few, others = (
+        sap.tasks.IOIDataset(n, lens.tokenizer, seed, prepend_bos=lens.prepend_bos)
+        for n, seed in ((3, 2), (4, 1))
+    )
+    many = lens.attribute_many(few, nodes=1, edges=1)
+    found = sap.faithfulness(
+        many, lens, others, kinds=[kind], positions="same", max_nodes=9, minimality=1
+    )
+    assert json.loads(report.read_text()) == found.to_dict()
+    assert {name.partition(":")[0].removesuffix("_err") for name in found.nodes} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a graph file, or --model"),
+        (("--model", "demo", "--task", "induction"), "give a graph file"),
+        (("--model", "demo", "--residual-saes", "x"), "--residual-saes go with a graph file"),
+        (("--model", "demo", "--saes", "x"), "leave --saes out"),
+        (("--model", "demo", "--transcoders", "x"), "--transcoders demo"),
+        (("--model", "demo", "--prompts", "0"), "--prompts 0: expected at least 1"),
+        (("--model", "demo", "--minimality", "-1"), "--minimality -1: expected at least 0"),
+        (("--model", "demo", "--out", "r.txt"), "expected a path that ends in .json"),
+        (("--model", "demo", "--kinds", "tc", "--average", "1"), "expected some of attn"),
+        (("nowhere.json",), "nowhere.json"),
+        (("g.json", "--out", "g.json"), "is the graph itself"),
+        (("g.json", "--positions", "same"), "give roles, or positions='all'"),
+    ],
+)
+def test_the_command_refuses(
+    graph: Any, tmp_path: Any, monkeypatch: Any, arguments: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sap.save(graph, "g.json")
+    before = (tmp_path / "g.json").read_bytes()
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["g.json"]
+    assert (tmp_path / "g.json").read_bytes() == before
 
 
 def test_what_does_not_fit(lens: Any, ioi: Any, graph: Any) -> None:

@@ -16,6 +16,7 @@ from sae_attn_plugin.cli.demo import demo
 from sae_attn_plugin.cli.evaluate import evaluate
 from sae_attn_plugin.cli.explore import explore
 from sae_attn_plugin.cli.export import export
+from sae_attn_plugin.cli.faithfulness import faithfulness
 from sae_attn_plugin.cli.features import features
 from sae_attn_plugin.cli.graph import graph
 from sae_attn_plugin.cli.heads import heads
@@ -61,7 +62,7 @@ def _options(
 
 
 for _command in (
-    *(demo, graph, validate, reproduce, export, explore),
+    *(demo, graph, validate, faithfulness, reproduce, export, explore),
     *(train, evaluate, features, study, heads, cards, releases),
 ):
     app.command()(_command)

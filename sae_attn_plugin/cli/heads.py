@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.cli.loading import load_lens
 from sae_attn_plugin.cli.options import (
     Backend,
     DeviceOption,
@@ -19,7 +20,6 @@ from sae_attn_plugin.cli.options import (
     check_results,
 )
 from sae_attn_plugin.cli.screen import Screen, session
-from sae_attn_plugin.cli.study import load_lens
 from sae_attn_plugin.cli.text import DATA_HELP, DEMO, check_text, full_name, parse_layers
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.registration import DEMO_MODEL_NAME

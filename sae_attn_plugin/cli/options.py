@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sae_attn_plugin.nodes import Target
 
+_REPORTS = (".json", ".png", ".svg", ".pdf")
 _FEATURE = re.compile(r"attn:(\d{1,18}):(\d{1,18})@(-?\d{1,18})")
 
 
@@ -91,6 +92,17 @@ def check_files(*files: tuple[Path | None, str]) -> None:
             continue
         if path.suffix.lower() != ending:
             raise InputError(f"expected a path that ends in {ending}, got {str(path)!r}")
+        check_writable(path)
+
+
+def check_reports(files: Sequence[Path], graph: Path | None) -> None:
+    """That reports and pictures can be written, and none over the graph itself."""
+    for path in files:
+        if path.suffix.lower() not in _REPORTS:
+            endings = ", ".join(_REPORTS)
+            raise InputError(f"expected a path that ends in {endings}, got {str(path)!r}")
+        if graph is not None and path.exists() and graph.exists() and path.samefile(graph):
+            raise InputError(f"{str(path)!r} is the graph itself; expected another file")
         check_writable(path)
 
 

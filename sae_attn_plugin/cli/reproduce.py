@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.graph_source import (
+from sae_attn_plugin.cli.loading import (
     Dictionaries,
     GraphFile,
     Host,
     Model,
-    lens_of,
+    lens_of_graph,
     load_graph,
 )
 from sae_attn_plugin.cli.options import DeviceOption, check_device, check_files
@@ -47,7 +47,7 @@ def reproduce(
         screen.hush()
         check_device(device)
         given = {"saes": saes, "transcoders": transcoders, "residual_saes": residual_saes}
-        lens = lens_of(screen, loaded.graph, model, given, backend, device)
+        lens = lens_of_graph(screen, loaded.graph, model, given, backend, device)
         with screen.busy("attributing"):
             found = sap.reproduce(loaded, lens, tolerance=tolerance)
         if out is not None:

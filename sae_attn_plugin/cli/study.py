@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 from enum import Enum
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.cli.loading import load_lens
 from sae_attn_plugin.cli.options import (
     Backend,
     DeviceOption,
@@ -22,7 +22,6 @@ from sae_attn_plugin.cli.options import (
     check_device,
     check_folder,
     check_results,
-    check_saes,
 )
 from sae_attn_plugin.cli.screen import Screen, session
 from sae_attn_plugin.cli.text import DATA_HELP, DEMO, SAMPLE_HELP, check_text, full_name, sampled
@@ -151,29 +150,6 @@ def _options(function: Any, pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key] = text
     return found
-
-
-def load_lens(
-    screen: Screen, model: str, saes: str | None, backend: str, device: str, dtype: Dtype
-) -> FeatureLens:
-    import torch
-
-    if full_name(model) == DEMO:
-        if saes is not None:
-            raise InputError("--model demo has its own SAEs; leave --saes out")
-        with screen.busy("loading the demo model"):
-            return sap.demo.load(backend)  # pyright: ignore[reportArgumentType]
-    if saes is None:
-        if model != "gpt2":
-            raise InputError("give --saes, a folder with attention SAEs or a sae_lens release")
-        saes = "gpt2-small-hook-z-kk"
-    check_saes(saes)
-    with screen.busy(f"loading {model}"):
-        host = sap.load_model(model, backend, device, getattr(torch, dtype.value))  # pyright: ignore[reportArgumentType]
-    with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():
-        dictionaries = sap.load_saes(saes, device=device)
-    with screen.busy("checking the model"):
-        return sap.FeatureLens(host, dictionaries)
 
 
 def _windows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from sae_attn_plugin.errors import InputError
 
@@ -19,6 +19,10 @@ DEMO = "sae-attn-demo"
 SAMPLE_HELP = "Instead of --data: so many rows that the model writes itself."
 
 
+@overload
+def full_name(name: str) -> str: ...
+@overload
+def full_name(name: None) -> None: ...
 def full_name(name: str | None) -> str | None:
     """``demo`` is short for the demo model, and for its text."""
     return DEMO if name == "demo" else name

@@ -8,20 +8,17 @@ from typing import Annotated
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.graph_source import (
+from sae_attn_plugin.cli.loading import (
     Dictionaries,
     GraphFile,
     Host,
     Model,
-    lens_of,
+    lens_of_graph,
     load_graph,
 )
-from sae_attn_plugin.cli.options import DeviceOption, check_counts, check_device
+from sae_attn_plugin.cli.options import DeviceOption, check_counts, check_device, check_reports
 from sae_attn_plugin.cli.screen import plain, session
-from sae_attn_plugin.errors import InputError
-from sae_attn_plugin.io import check_writable
 
-_ENDINGS = (".json", ".png", ".svg", ".pdf")
 _CONDITIONS = {
     "frozen": "all else held: what edges claim",
     "free": "everything live",
@@ -55,18 +52,12 @@ def validate(
     with session() as screen:
         check_counts(max_sources=max_sources)
         files = out or []
-        for path in files:
-            if path.suffix.lower() not in _ENDINGS:
-                endings = ", ".join(_ENDINGS)
-                raise InputError(f"expected a path that ends in {endings}, got {str(path)!r}")
-            if path.exists() and graph.exists() and path.samefile(graph):
-                raise InputError(f"{str(path)!r} is the graph itself; expected another file")
-            check_writable(path)
+        check_reports(files, graph)
         loaded = load_graph(graph)
         screen.hush()
         check_device(device)
         given = {"saes": saes, "transcoders": transcoders, "residual_saes": residual_saes}
-        lens = lens_of(screen, loaded.graph, model, given, backend, device)
+        lens = lens_of_graph(screen, loaded.graph, model, given, backend, device)
         found = sap.validate(
             loaded,
             lens,

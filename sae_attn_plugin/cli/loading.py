@@ -1,4 +1,4 @@
-"""The model and SAEs that a graph says it was made with."""
+"""The model and SAEs a command runs on: as its options name them, or as a graph file says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import sae_attn_plugin as sap
-from sae_attn_plugin.cli.options import Backend, check_saes
+from sae_attn_plugin.cli.options import Backend, Dtype, check_saes
+from sae_attn_plugin.cli.text import DEMO, full_name
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.registration import DEMO_MODEL_NAME, DEMO_RELEASE
 
@@ -40,13 +41,52 @@ _OF_DEMO = (DEMO_RELEASE, f"{DEMO_RELEASE}/transcoders")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
+def load_lens(
+    screen: Screen,
+    model: str,
+    saes: str | None,
+    backend: str,
+    device: str,
+    dtype: Dtype,
+    transcoders: str | None = None,
+) -> FeatureLens:
+    """Model and SAEs as options name them; GPT-2 small has SAEs by default, the demo its own."""
+    import torch
+
+    if full_name(model) == DEMO:
+        if saes is not None:
+            raise InputError("--model demo has its own SAEs; leave --saes out")
+        if transcoders not in (None, "demo"):
+            raise InputError("--model demo has transcoders of its own: --transcoders demo")
+        with screen.busy("loading the demo model"):
+            return sap.demo.load(backend, transcoders=transcoders is not None)  # pyright: ignore[reportArgumentType]
+    if saes is None:
+        if model != "gpt2":
+            raise InputError("give --saes, a folder with attention SAEs or a sae_lens release")
+        saes = "gpt2-small-hook-z-kk"
+    check_saes(saes, transcoders)
+    with screen.busy(f"loading {model}"):
+        host = sap.load_model(model, backend, device, getattr(torch, dtype.value))  # pyright: ignore[reportArgumentType]
+    found = [
+        None if source is None else _read(screen, source, device) for source in (saes, transcoders)
+    ]
+    with screen.busy("checking the model"):
+        return sap.FeatureLens(host, found[0], transcoders=found[1])
+
+
+def _read(screen: Screen, source: str, device: str) -> dict[str, Any]:
+    # A release shows bars of its own while it downloads.
+    with screen.busy(f"loading {source}") if Path(source).is_dir() else contextlib.nullcontext():
+        return sap.load_saes(source, device=device)
+
+
 def load_graph(path: Path) -> nx.DiGraph[Any]:
     """A graph from any of its files."""
     loaded = sap.load(path)
     return loaded.to_networkx() if isinstance(loaded, sap.Attribution) else loaded
 
 
-def lens_of(
+def lens_of_graph(
     screen: Screen,
     about: Mapping[str, Any],
     model: str | None,
@@ -66,7 +106,7 @@ def lens_of(
             f"the graph's backend is {about.get('backend')!r}, which is none of "
             f"{', '.join(_BACKENDS)}; pass --backend"
         )
-    name = needed(about, "model", str) if model is None else model
+    name = needed(about, "model", str) if model is None else full_name(model)
     dtype = about.get("dtype", "float32")
     if dtype not in _DTYPES:
         raise InputError(f"the graph's dtype is {dtype!r}; known: {', '.join(_DTYPES)}")
