@@ -44,7 +44,7 @@ def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("length", [10, 40, 100])
+@pytest.mark.parametrize("length", [10, 40, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_same_closed_graph_on_every_host(saes: Path, length: int) -> None:
     edges = {}
     for host in HOSTS:
