@@ -414,6 +414,7 @@ class FeatureLens:
         sources: Mapping[str, Run | Dataset] | None = None,
         max_new_tokens: int = 0,
         patterns: Sequence[int] = (),
+        scores: Sequence[int] = (),
     ) -> result.InterventionResult:
         """Run the model again with edits; see :func:`interventions.apply.intervene`."""
         return apply.intervene(
@@ -424,6 +425,7 @@ class FeatureLens:
             sources=sources,
             max_new_tokens=max_new_tokens,
             patterns=patterns,
+            scores=scores,
         )
 
     def intervene_dataset(

@@ -143,6 +143,94 @@ def test_hosts_agree(lens_of: LensMaker, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", TINY)
+def test_scores_after_an_edit_are_the_model_s(lens_of: LensMaker, model: str) -> None:
+    """Against TransformerLens' own scores, with a head of layer 0 taken out by hooks."""
+    lens = lens_of(model, "hooked_transformer", F32)
+    run = lens.run([TOKENS, OTHER])
+    result = lens.intervene(run, [sap.AblateHead(0, 1)], scores=[1, LAYER])
+    host: Any = lens.backend.model  # type: ignore[attr-defined]
+    seen = {}
+
+    def ablate(z: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        z = z.clone()
+        z[:, :, 1] = 0
+        return z
+
+    def keep(value: torch.Tensor, hook: Any) -> None:
+        seen[hook.layer()] = value
+
+    hooks = [(f"blocks.{layer}.attn.hook_attn_scores", keep) for layer in (1, LAYER)]
+    with torch.no_grad():
+        host.run_with_hooks(run.tokens, fwd_hooks=hooks)
+        clean = dict(seen)
+        host.run_with_hooks(run.tokens, fwd_hooks=[("blocks.0.attn.hook_z", ablate), *hooks])
+    below = torch.ones(len(TOKENS), len(TOKENS)).tril().bool()
+    for layer in (1, LAYER):
+        got = result.scores(layer)
+        torch.testing.assert_close(got[..., below], seen[layer][..., below], rtol=1e-5, atol=1e-5)
+        target = sap.HeadScore(layer, HEAD, -2, 4)
+        changed = (seen[layer] - clean[layer])[:, HEAD, -2, 4]
+        torch.testing.assert_close(result.effect(target), changed, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result[1].effect(target), changed[1:], rtol=1e-4, atol=1e-5)
+        assert changed.abs().min() > 1e-3
+    uneven = lens.run([TOKENS, OTHER[:6]])
+    found = lens.intervene(uneven, [sap.AblateHead(0, 1)], scores=[LAYER])
+    target = sap.HeadScore(LAYER, HEAD, 5, 4)
+    torch.testing.assert_close(found.effect(target), result.effect(target), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*SEPARATE, *SHARED])
+def test_scores_give_the_patterns_of_the_edited_model(name: str) -> None:
+    """Those of the host where an edit comes before, those mixed anew where an edge reads."""
+    _, lens = recipe_lens(name)
+    run = lens.run([TOKENS])
+    vector = torch.linspace(-1, 1, lens.backend.geometry.d_model)
+    edits: list[sap.Edit] = [sap.AblateHead(0, 1), sap.AddToStream(vector, 2)]
+    edge = sap.PatchEdge("attn_out:1", f"query:{LAYER}.{HEAD}")
+    cap = run.qk(LAYER, HEAD, 7, 7).soft_cap
+    seen = run.capture["pattern", LAYER] > 0
+    for given in (edits, [*edits, edge]):
+        result = lens.intervene(run, given, patterns=[LAYER], scores=[LAYER])
+        scores = result.scores(LAYER)
+        capped = scores if cap is None else cap * (scores / cap).tanh()
+        got = capped.masked_fill(~seen, -torch.inf).softmax(-1)
+        torch.testing.assert_close(got, result.patterns[LAYER], rtol=1e-4, atol=1e-5)
+        assert (got - run.capture["pattern", LAYER]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "qwen3", "olmo2"])
+def test_a_score_moves_by_its_edge(name: str) -> None:
+    """With everything held, a feature that is taken out takes its edge along, on either side; both
+    sides together add their product."""
+    _, lens = recipe_lens(name)
+    run = lens.run([TOKENS])
+    query, key = 7, 5
+    both, *sides = (sap.HeadScore(LAYER, HEAD, query, key, s) for s in ("both", "query", "key"))
+    edges = run.attribute(sides, node_budget=0).edges.astype({"source": str, "target": str})
+    scale = float(edges["weight"].abs().sum())
+    frame = edges[edges["source"].str.startswith("attn:")].groupby("source")["weight"].sum()
+    everything = ("patterns", "norms", "mlp", "attention")
+    for name_of, weight in frame.iloc[:: len(frame) // 5].items():
+        node = sap.Node.parse(str(name_of))
+        assert node.layer is not None
+        assert node.feature is not None
+        edit = sap.AblateFeature(node.layer, node.feature, node.position)
+        result = lens.intervene(run, [edit], everything, scores=[LAYER])
+        effects = [float(result.effect(side)) for side in sides]
+        assert sum(effects) == pytest.approx(-weight, abs=1e-5 * scale)
+        if node.position not in (query, key):
+            assert effects == [0, 0]
+        # one position writes only one side, so nothing is in both
+        assert float(result.effect(both)) == pytest.approx(sum(effects), abs=1e-5 * scale)
+    moved = lens.intervene(run, [sap.AblateHead(0, 1)], ["norms"], scores=[LAYER])
+    alone = [float(moved.effect(side)) for side in sides]
+    assert abs(float(moved.effect(both)) - sum(alone)) > 1e-5
+    assert float(moved.clean_value(both)) == pytest.approx(
+        run.qk(LAYER, HEAD, query, key).score, rel=1e-4, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("model", TINY)
 def test_query_key_and_value_of_one_head(lens_of: LensMaker, model: str) -> None:
     """All three inputs of a head at once: its z is that of a run where all heads are changed."""
     lens = lens_of(model, "hooked_transformer", F32)
@@ -244,6 +332,23 @@ def test_what_cannot_be(lens_of: LensMaker) -> None:
         lens.intervene(run, [sap.PatchEdge("attn_out:1", "key:1")])
     with pytest.raises(sap.InputError, match="layer"):
         lens.intervene(run, [edge], patterns=[3])
+    result = lens.intervene(run, [sap.AblateHead(0, 1)], scores=[1])
+    for target, message in (
+        (sap.HeadScore(2, 0, 5, 3), r"layer 2 were not kept; pass scores=\[2\]"),
+        (sap.HeadScore(1, 6, 5, 3), "head 6 is out of range"),
+        (sap.HeadScore(1, 0, 3, 5), "key 5 comes after query 3"),
+        (sap.HeadScore(1, 0, 30, 5), "position 30 is out of range"),
+        (sap.HeadScore(1, 0, 5, 3, "keys"), "expected one of query, key, both"),  # type: ignore[arg-type]
+    ):
+        for ask in (result.value, result.clean_value, result.effect):
+            with pytest.raises(sap.InputError, match=message):
+                ask(target)
+    with pytest.raises(sap.InputError, match="layer 3 is out of range"):
+        lens.intervene(run, [edge], scores=[3])
+    window = recipe_lens("mistral")[1]
+    found = window.intervene(window.run([TOKENS]), [], scores=[1])
+    with pytest.raises(sap.InputError, match="is masked for query 8"):
+        found.value(sap.HeadScore(1, 0, 8, 0))
     with pytest.raises(sap.InputError, match="only a feature has"):
         sap.PatchEdge("embed", "query:1", reader_position=2)
 
@@ -279,5 +384,9 @@ def test_what_does_not_come_back_is_missed(
         lens.intervene(run, [edge], patterns=[2])
     with pytest.raises(sap.UnsupportedError, match=r"layer 2: edits of features"):
         lens.intervene(run, [edge, sap.Steer(2, 3, 4, 1.0)])
+    with pytest.raises(sap.UnsupportedError, match=r"scores of head 2\.1.* remote model"):
+        lens.intervene(run, [edge], scores=[2])
+    scores = lens.intervene(run, [edge], scores=[1]).scores(1)
+    assert float(scores[0, 2, 7, 3]) == pytest.approx(run.qk(1, 2, 7, 3).score, rel=1e-4)
     clean = lens.intervene(run, [edge], patterns=[1]).patterns[1]
     torch.testing.assert_close(clean, run.capture["pattern", 1])

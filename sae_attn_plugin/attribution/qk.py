@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_attn_plugin.attribution.frozen import FrozenLayer
@@ -188,23 +188,33 @@ def check_pattern(scores: FrozenScores, query: int, model_dtype: torch.dtype, wh
 
 def check_score(scores: FrozenScores, head: int, query: int, key: int) -> None:
     """Refuse what does not exist: a head, a key after its query, a masked key."""
-    n_heads = scores.q.shape[1]
+    check_pair(scores.layer, scores.q.shape[1], scores.visible(query), head, query, key)
+
+
+def check_pair(
+    layer: int, n_heads: int, visible: Bool[Tensor, " key"], head: int, query: int, key: int
+) -> None:
+    """The same of a layer's heads, and of the keys that the query sees."""
     if not 0 <= head < n_heads:
         raise InputError(
-            f"head {head} is out of range: layer {scores.layer} has {n_heads} heads "
-            f"(0..{n_heads - 1})"
+            f"head {head} is out of range: layer {layer} has {n_heads} heads (0..{n_heads - 1})"
         )
     if key > query:
         raise InputError(
             f"key {key} comes after query {query}: a head looks at its own position and earlier "
             "ones; give key <= query"
         )
-    if not scores.visible(query)[key]:
-        first = int(scores.visible(query).nonzero()[0, 0])
+    if not visible[key]:
+        first = int(visible.nonzero()[0, 0])
         raise InputError(
-            f"key {key} is masked for query {query} in layer {scores.layer}: no head gives it any "
+            f"key {key} is masked for query {query} in layer {layer}: no head gives it any "
             f"weight (sliding-window attention sees keys {first} to {query} here)"
         )
+
+
+def check_side(side: Side) -> None:
+    if side not in SIDES:
+        raise InputError(f"HeadScore(side={side!r}): expected one of {', '.join(SIDES)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -526,8 +536,7 @@ def score_reader(scores: FrozenScores, head: int, query: int, key: int, side: Si
     reverse, ``"both"`` half of each; every one closes to the score.
     """
     check_score(scores, head, query, key)
-    if side not in SIDES:
-        raise InputError(f"HeadScore(side={side!r}): expected one of {', '.join(SIDES)}")
+    check_side(side)
     if scores.weights.alibi_slopes is not None:
         bias = float(scores.weights.alibi_slopes[head]) * (key - query)
     else:

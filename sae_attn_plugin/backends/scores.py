@@ -137,6 +137,18 @@ class ScoreWeights:
         """Scores as the soft-cap leaves them."""
         return score if self.soft_cap is None else self.soft_cap * (score / self.soft_cap).tanh()
 
+    def scores(
+        self,
+        q: Float[Tensor, "... query head d_head"],
+        k: Float[Tensor, "... key head d_head"],
+    ) -> Float[Tensor, "... head query key"]:
+        """Scores before any soft-cap, with ALiBi's bias where there is one, of masked keys too."""
+        found = self.scale * torch.einsum("...qhe,...khe->...hqk", q, k)
+        if self.alibi_slopes is None:
+            return found
+        at = torch.arange(q.shape[-3], device=q.device)
+        return found + self.alibi_slopes[:, None, None] * (at - at[:, None])
+
     def pattern(
         self,
         q: Float[Tensor, "... query d_head"],

@@ -34,6 +34,7 @@ def intervene(
     sources: Mapping[str, Any] | None = None,
     max_new_tokens: int = 0,
     patterns: Iterable[int] = (),
+    scores: Iterable[int] = (),
     reads: Iterable[Site] = (),
 ) -> InterventionResult:
     """Run the model again with edits.
@@ -53,10 +54,13 @@ def intervene(
             prompt and live after it.
         patterns: layers whose attention patterns to keep; those of heads whose queries or keys an
             edge changes are the changed ones.
+        scores: layers whose attention scores to keep, so that ``result.effect(HeadScore(...))`` and
+            ``result.scores(layer)`` can be asked for.
         reads: further sites to keep in ``values``.
 
     Raises:
         InputError: an edit, a source or a freeze that does not fit the model or the run.
+        UnsupportedError, BackendError: scores of this model that are not known here.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     held = resolve_freeze(freeze, lens.backend.geometry.n_layers)
@@ -66,12 +70,12 @@ def intervene(
     for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(f"expected an edit such as AblateFeature(...), got {edit!r}")
-    layers = [run._resolve_any_layer(layer) for layer in patterns]
+    layers = [[run._resolve_any_layer(layer) for layer in some] for some in (patterns, scores)]
     parts = equal_parts(run)
     found: dict[int, InterventionResult] = {}
     for members, part in parts:
         plan = Plan(lens, part, held, edits, given, members, len(run))
-        result = plan.run_once(max_new_tokens, reads, layers)
+        result = plan.run_once(max_new_tokens, reads, *layers)
         if len(parts) == 1:
             return result
         found |= {i: result[k] for k, i in enumerate(members)}

@@ -19,7 +19,7 @@ from sae_attn_plugin.backends.protocol import (
     mix_values,
 )
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
-from sae_attn_plugin.backends.scores import ScoreWeights, check_weights, need_scores
+from sae_attn_plugin.backends.scores import check_weights
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.edits import (
@@ -36,7 +36,14 @@ from sae_attn_plugin.interventions.edits import (
     SetFeature,
     Steer,
 )
-from sae_attn_plugin.interventions.reading import read_by, scale_of, sites_of_stream
+from sae_attn_plugin.interventions.reading import (
+    norm_scales,
+    queries_and_keys,
+    read_by,
+    scale_of,
+    score_weights,
+    sites_of_stream,
+)
 from sae_attn_plugin.interventions.result import InterventionResult
 from sae_attn_plugin.interventions.sources import Quantity, Sources, positions_of
 
@@ -90,12 +97,20 @@ class Plan:
     # -- running ---------------------------------------------------------------------------------
 
     def run_once(
-        self, max_new_tokens: int = 0, more: Iterable[Site] = (), patterns: Sequence[int] = ()
+        self,
+        max_new_tokens: int = 0,
+        more: Iterable[Site] = (),
+        patterns: Sequence[int] = (),
+        scores: Sequence[int] = (),
     ) -> InterventionResult:
         wanted = [Site("pattern", layer) for layer in patterns]
+        for layer in scores:
+            self._check_scores(layer)
+            wanted.append(Site("resid_pre", layer))
         reads = list(dict.fromkeys([*more, *wanted, *self._reads()]))
         found = self.forward(self.run.tokens, reads)
         seen = {layer: self._pattern_of(layer, found) for layer in patterns}
+        sides = {layer: self._sides_of(layer, found) for layer in scores}
         generated = clean = None
         if max_new_tokens:
             n_ctx, length = self.g.n_ctx, self.run.tokens.shape[1]
@@ -119,6 +134,7 @@ class Plan:
             feature_edits=self._feature_edits(),
             held=self.held,
             patterns=seen,
+            sides=sides,
             generated=generated,
             clean_generated=clean,
         )
@@ -175,6 +191,20 @@ class Plan:
                 )
             pattern[:, head] = self.seen["pattern", layer, head].to(pattern)
         return pattern
+
+    def _sides_of(self, layer: int, found: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
+        """Each head's queries and keys after the edits."""
+        x, hold = found[Site("resid_pre", layer)], self._holds("norms", layer)
+        sides = queries_and_keys(self.run, layer, x, hold)
+        for head in self._heads_with_new_patterns(layer):
+            if ("query", layer, head) not in self.seen:
+                raise UnsupportedError(
+                    f"the scores of head {layer}.{head}, whose query or key an edge changes, do "
+                    "not come back from a remote model"
+                )
+            for side, name in zip(sides, ("query", "key"), strict=True):
+                side[:, :, head] = self.seen[name, layer, head].to(side)
+        return sides
 
     def _z_as_read(self, layer: int, found: Mapping[Site, Tensor]) -> Tensor:
         """z before the edits of the layer's dictionary, and after those of heads before them, where
@@ -322,6 +352,7 @@ class Plan:
                         "and keys read changes nothing; leave them live: "
                         f"Freeze('patterns', but=({end.layer},))"
                     )
+                self._check_sinks(end.layer)
                 self._check_scores(end.layer)
             case "pos":
                 if not self.g.learned_positions:
@@ -341,27 +372,23 @@ class Plan:
             return
         pattern = self.clean["pattern", layer].to(self.g.device, self.dtype)
         who = f"{self.g.model_name} on {self.lens.backend.host}, layer {layer}"
-        if float((pattern.sum(-1) - 1).abs().max()) > 1e-2:
-            raise UnsupportedError(
-                f"{who}: attention weights of a query do not sum to 1 (attention sinks), so edges "
-                "into queries and keys are not known; edges into values are"
-            )
-        weights, visible = self._scores(layer, self.run.tokens.shape[1]), steps.visible(pattern)
-        norm = self.lens.backend.layer_weights(layer).norm
-        x = self.clean["resid_pre", layer].to(self.g.device, self.dtype)
-        x = steps.norm_of(x, norm, None)
-        (q, _), (k, _) = weights.queries(x), weights.keys(x)
-        shared = q.shape[2] // k.shape[2]
+        weights, visible = score_weights(self.run, layer), steps.visible(pattern)
+        q, k = queries_and_keys(self.run, layer, self.clean["resid_pre", layer], hold_norms=False)
         for head in range(q.shape[2]):
-            one, other = q[:, :, head], k[:, :, head // shared]
+            one, other = q[:, :, head], k[:, :, head]
             got = weights.pattern(one, other, head, visible)
             largest = weights.scale * float((one @ other.transpose(-1, -2)).abs().max())
             check_weights(got, pattern[:, head], largest, weights, self.g.dtype, who)
         self._known_scores.add(layer)
 
-    def _scores(self, layer: int, n_positions: int) -> ScoreWeights:
-        weights = need_scores(self.lens.backend, layer, n_positions)
-        return weights.to(self.dtype, self.g.device)
+    def _check_sinks(self, layer: int) -> None:
+        """Whether attention weights are a softmax of scores and nothing else."""
+        if float((self.clean["pattern", layer].sum(-1) - 1).abs().max()) > 1e-2:
+            raise UnsupportedError(
+                f"{self.g.model_name} on {self.lens.backend.host}, layer {layer}: attention "
+                "weights of a query do not sum to 1 (attention sinks), so edges into queries and "
+                "keys are not known; edges into values are"
+            )
 
     def _check_order(self, edit: PatchEdge) -> None:
         """The reader must come after the writer."""
@@ -748,12 +775,9 @@ class Plan:
                 moved = steps.normed_change(live, whole, own, weights.norm, scale)
                 value = moved, weights.W_V[head // (self.g.n_heads // self.g.n_kv_heads)]
             changes.append((head, query, key, value))
-        scores, held = self._scores(layer, pattern.shape[-1]), (None, None)
+        scores, held = score_weights(self.run, layer, pattern.shape[-1]), (None, None)
         if self._holds("norms", layer):
-            x = self.clean["resid_pre", layer].to(self.g.device, self.dtype)
-            x, n = steps.norm_of(x, weights.norm, None), self.run.tokens.shape[1]
-            of_clean = self._scores(layer, n)
-            held = of_clean.queries(x)[1], of_clean.keys(x)[1]
+            _, held = norm_scales(self.run, layer)
         return [
             steps.change_patterns(
                 self.seen,

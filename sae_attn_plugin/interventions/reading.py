@@ -15,6 +15,7 @@ from sae_attn_plugin.backends.protocol import (
     Norm,
     Site,
 )
+from sae_attn_plugin.backends.scores import ScoreWeights, need_scores
 from sae_attn_plugin.interventions import steps
 
 if TYPE_CHECKING:
@@ -73,6 +74,38 @@ def read_by(
         scale = _scale_before(run, dictionary, weights)
     read = what_it_reads(run.lens, dictionary, values, scale)
     return read.to(torch.promote_types(read.dtype, torch.float32))
+
+
+def queries_and_keys(
+    run: Run, layer: int, resid_pre: Float[Tensor, "batch position d_model"], hold_norms: bool
+) -> tuple[Tensor, Tensor]:
+    """Each head's queries and keys ``[batch, position, head, d_head]``, normalised and rotated.
+
+    Args:
+        hold_norms: whether the norm in front of attention, and those of queries and keys, have the
+            scales of the clean run.
+    """
+    weights, norm = score_weights(run, layer), run.lens.backend.layer_weights(layer).norm
+    scale, (of_q, of_k) = norm_scales(run, layer) if hold_norms else (None, (None, None))
+    x = steps.norm_of(resid_pre.to(weights.W_Q), norm, scale)
+    q, k = weights.queries(x, of_q)[0], weights.keys(x, of_k)[0]
+    return q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+
+
+def norm_scales(run: Run, layer: int) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Of the clean run: the scale of the norm in front of attention, and those of the norms of
+    queries and of keys, if it has them."""
+    weights, norm = score_weights(run, layer), run.lens.backend.layer_weights(layer).norm
+    clean = run.capture["resid_pre", layer].to(weights.W_Q)
+    x = steps.norm_of(clean, norm, None)
+    return norm.scale(clean), (weights.queries(x)[1], weights.keys(x)[1])
+
+
+def score_weights(run: Run, layer: int, n_positions: int | None = None) -> ScoreWeights:
+    """Those of a layer in float32 or float64, for the run's prompts or for longer ones."""
+    g = run.lens.backend.geometry
+    found = need_scores(run.lens.backend, layer, n_positions or run.tokens.shape[1])
+    return found.to(torch.promote_types(g.dtype, torch.float32), g.device)
 
 
 def sites_of_stream(dictionary: Dictionary, geometry: Geometry) -> list[Site]:

@@ -11,19 +11,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_attn_plugin.backends.protocol import (
-    Site,
-    uncapped_logits,
-)
+from sae_attn_plugin.attribution.qk import check_pair, check_side
+from sae_attn_plugin.backends.protocol import Site, uncapped_logits
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions import steps
-from sae_attn_plugin.nodes import Feature, Logit, LogitDiff
+from sae_attn_plugin.interventions.reading import queries_and_keys, score_weights
+from sae_attn_plugin.nodes import Feature, HeadScore, Logit, LogitDiff
+from sae_attn_plugin.tokens import as_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from sae_attn_plugin.lens import Run, UnequalRun
+
+
+Measured = Logit | LogitDiff | Feature | HeadScore
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,8 @@ class InterventionResult:
         feature_edits: likewise, the edits of features, as :mod:`interventions.steps` takes them.
         held: by frozen part, the layers where it was held.
         patterns: by layer, those asked for: ``[batch, head, query, key]`` after the edits.
+        sides: by layer, each head's queries and keys after the edits, normalised and rotated, where
+            scores were asked for: ``[batch, position, head, d_head]`` each.
         generated, clean_generated: ``[batch, new]`` ids that the edited and the clean model
             continued with; empty unless asked for.
     """
@@ -57,6 +62,7 @@ class InterventionResult:
     patterns: Mapping[int, Float[Tensor, "batch head query key"]] = field(
         default_factory=dict, repr=False
     )
+    sides: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     generated: Int[Tensor, "batch new"] | None = None
     clean_generated: Int[Tensor, "batch new"] | None = None
 
@@ -79,24 +85,44 @@ class InterventionResult:
             },
             values={site: value[part] for site, value in self.values.items()},
             patterns={layer: pattern[part] for layer, pattern in self.patterns.items()},
+            sides={layer: (q[part], k[part]) for layer, (q, k) in self.sides.items()},
             generated=None if new is None else new[part],
             clean_generated=None if old is None else old[part],
         )
 
     # -- what was measured -----------------------------------------------------------------------
 
-    def value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
-        """A target in the edited run: the logit or logit difference before any final soft-cap, or
-        the pre-activation (which edits of features of the same layer do not change)."""
+    def value(self, target: Measured) -> Float[Tensor, " batch"]:
+        """A target in the edited run: the logit or logit difference before any final soft-cap, the
+        pre-activation (which edits of features of the same layer do not change), or the attention
+        score before any soft-cap. ``HeadScore(side="query")`` has the edited query and the clean
+        key, ``"key"`` the reverse, ``"both"`` both edited.
+
+        Raises:
+            InputError: a target that does not exist, or a score that was not asked for.
+        """
+        if isinstance(target, HeadScore):
+            return self._score(target, self._sides(target.layer))
         return self._value(target, self.values, self.read)
 
-    def clean_value(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
+    def clean_value(self, target: Measured) -> Float[Tensor, " batch"]:
         """The same target in the clean run."""
+        if isinstance(target, HeadScore):
+            self._sides(target.layer)
+            return self._score(target, self._clean_sides(target.layer))
         return self._value(target, self.clean.capture.values, self.clean.reads)
 
-    def effect(self, target: Logit | LogitDiff | Feature) -> Float[Tensor, " batch"]:
+    def effect(self, target: Measured) -> Float[Tensor, " batch"]:
         """Edited minus clean."""
         return self.value(target) - self.clean_value(target)
+
+    def scores(self, layer: int) -> Float[Tensor, "batch head query key"]:
+        """Attention scores of a layer after the edits, before any soft-cap and without the mask.
+
+        Raises:
+            InputError: they were not asked for.
+        """
+        return score_weights(self.clean, layer).scores(*self._sides(layer))
 
     @property
     def metric(self) -> Float[Tensor, " batch"]:
@@ -180,6 +206,30 @@ class InterventionResult:
         frame = _by_size(pd.DataFrame(frames, columns=pd.Index(columns)))
         return frame.drop(columns="kind") if len(kinds) < 2 else frame
 
+    def _sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        if layer not in self.sides:
+            raise InputError(
+                f"scores of layer {layer} were not kept; pass scores=[{layer}] to lens.intervene"
+            )
+        return self.sides[layer]
+
+    def _clean_sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        stream = self.clean.capture["resid_pre", layer]
+        return queries_and_keys(self.clean, layer, stream, hold_norms=False)
+
+    def _score(self, target: HeadScore, sides: tuple[Tensor, Tensor]) -> Tensor:
+        """A score from the sides it is followed on and, on the other one, the clean run."""
+        run, (q, k) = self.clean, sides
+        head, n_heads = as_index(target.head, "head"), q.shape[2]
+        query, key = run.resolve_position(target.query), run.resolve_position(target.key)
+        visible = steps.visible(run.capture["pattern", target.layer])[:, query].all(0)
+        check_pair(target.layer, n_heads, visible, head, query, key)
+        check_side(target.side)
+        if target.side != "both":
+            clean_q, clean_k = self._clean_sides(target.layer)
+            q, k = (q, clean_k) if target.side == "query" else (clean_q, k)
+        return score_weights(run, target.layer).scores(q, k)[:, head, query, key]
+
     def _value(
         self,
         target: Logit | LogitDiff | Feature,
@@ -189,9 +239,7 @@ class InterventionResult:
         run = self.clean
         if not isinstance(target, Feature | Logit | LogitDiff):
             raise InputError(
-                f"an intervention measures a Feature, Logit or LogitDiff, not {target!r}; "
-                "attention scores and directions are not read (patterns=[layer] gives attention "
-                "weights)"
+                f"an intervention measures a Feature, Logit, LogitDiff or HeadScore, not {target!r}"
             )
         position = run.resolve_position(target.position)
         if isinstance(target, Feature):
@@ -227,7 +275,7 @@ class UnequalResult(InterventionResult):
             object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("logits", "z", "values", "patterns"):
+        if name in ("logits", "z", "values", "patterns", "sides"):
             raise InputError(
                 f"the prompts of this result differ in length, so {name} makes no rectangle; pick "
                 "one: result[i]"
@@ -240,10 +288,10 @@ class UnequalResult(InterventionResult):
     def __repr__(self) -> str:
         return f"Results of {len(self)} prompts of unequal length"
 
-    def value(self, target: Logit | LogitDiff | Feature) -> Tensor:
+    def value(self, target: Measured) -> Tensor:
         return torch.cat([result.value(target) for result in self._results])
 
-    def clean_value(self, target: Logit | LogitDiff | Feature) -> Tensor:
+    def clean_value(self, target: Measured) -> Tensor:
         return torch.cat([result.clean_value(target) for result in self._results])
 
     @property

@@ -512,8 +512,8 @@ def change_patterns(
     changes: list[Any],
     dtype: Any,
 ) -> Any:
-    """z of some heads after changes of what their queries and keys read; ``seen`` is given the new
-    patterns as ``("pattern", layer, head)``.
+    """z of some heads after changes of what their queries and keys read; ``seen`` is given what is
+    new: ``("query", layer, head)``, ``("key", layer, head)`` and ``("pattern", layer, head)``.
 
     Args:
         live: gives the stream; norm: what stands in front of attention; scale: its own, where held.
@@ -549,13 +549,12 @@ def change_patterns(
                 change, W_V = value
                 values = values + change()[:, :n].to(values) @ W_V.to(values)
             before, after = (
-                weights.pattern(
-                    side_of(of_query, 0)[:, :, head],
-                    side_of(of_key, 1)[:, :, group],
-                    head,
-                    visible.to(values.device),
-                )
+                (side_of(of_query, 0)[:, :, head], side_of(of_key, 1)[:, :, group])
                 for of_query, of_key in ((None, None), (query, key))
+            )
+            seen["query", v[1], head], seen["key", v[1], head] = after
+            before, after = (
+                weights.pattern(q, k, head, visible.to(values.device)) for q, k in (before, after)
             )
             z[:, :n, head] += ((after - before) @ values).to(z)
             seen["pattern", v[1], head] = after

@@ -18,7 +18,7 @@ from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions.apply import intervene
 from sae_attn_plugin.interventions.edits import FREEZABLE, AddToStream
-from sae_attn_plugin.interventions.reading import read_by
+from sae_attn_plugin.interventions.reading import queries_and_keys, read_by
 from sae_attn_plugin.interventions.result import InterventionResult
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
@@ -397,19 +397,15 @@ class _Measure:
         assert node.head is not None
         assert node.key is not None
         scores = self.run._checked_scores(node.layer, node.position)
-        frozen, w = scores.frozen, scores.weights
-        norm, x = frozen.weights.norm, values[Site("resid_pre", node.layer)][0].to(frozen.z)
         hold = node.layer in held.get("norms", ())
-        x = norm.apply(x, frozen.scale if hold else norm.scale(x))
-        q, _ = w.queries(x, scores.q_scale if hold else None)
-        k, _ = w.keys(x, scores.k_scale if hold else None)
-        group = scores.group(node.head)
+        x = values[Site("resid_pre", node.layer)]
+        q, k = (side[0, :, node.head] for side in queries_and_keys(self.run, node.layer, x, hold))
         found = []
         if node.label in ("query", None):
-            found.append(q[node.position, node.head] @ scores.k[node.key, group])
+            found.append(q[node.position] @ scores.k[node.key, scores.group(node.head)])
         if node.label in ("key", None):
-            found.append(scores.q[node.position, node.head] @ k[node.key, group])
-        return w.scale * float(torch.stack(found).mean())
+            found.append(scores.q[node.position, node.head] @ k[node.key])
+        return scores.weights.scale * float(torch.stack(found).mean())
 
     def _written(self, node: Node, values: Mapping[Site, Tensor], held: _Held) -> Tensor:
         """``[d_model]``, what a node adds to the residual stream, from the sites of a run."""
