@@ -891,6 +891,10 @@ class Run:
     def _scores_by_layer(self) -> dict[int, FrozenScores]:
         return {}
 
+    @functools.cached_property
+    def _clean_scores(self) -> dict[int, reading.CleanScores]:
+        return {}
+
     def _checked_scores(self, layer: int, query: int) -> FrozenScores:
         """Scores that are known to give the model's own pattern at a query."""
         scores, g = self._scores(layer), self.lens.backend.geometry

@@ -62,14 +62,7 @@ class FrozenScores:
         q, k = self.q[query], self.k[: query + 1]
         q = q.unflatten(0, (k.shape[1], -1))
         scores = self.weights.scale * torch.einsum("gre,pge->grp", q, k).flatten(0, 1)
-        return scores + self._bias(query)
-
-    def _bias(self, query: int) -> Tensor:
-        slopes = self.weights.alibi_slopes
-        if slopes is None:
-            return torch.zeros((), dtype=self.q.dtype, device=self.q.device)
-        keys = torch.arange(query + 1, device=slopes.device)
-        return slopes[:, None] * (keys - query)
+        return scores + self.weights.alibi(query, torch.arange(query + 1, device=q.device))
 
     def capped(self, score: Tensor) -> Tensor:
         """What the softmax gets."""
@@ -537,10 +530,7 @@ def score_reader(scores: FrozenScores, head: int, query: int, key: int, side: Si
     """
     check_score(scores, head, query, key)
     check_side(side)
-    if scores.weights.alibi_slopes is not None:
-        bias = float(scores.weights.alibi_slopes[head]) * (key - query)
-    else:
-        bias = 0.0
+    bias = float(scores.weights.alibi(query, key, head))
     value = float(scores.rows(query)[head, key])
     q = scores.q[query, head] * scores.weights.scale
     k = scores.k[key, scores.group(head)]

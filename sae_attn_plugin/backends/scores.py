@@ -143,11 +143,18 @@ class ScoreWeights:
         k: Float[Tensor, "... key head d_head"],
     ) -> Float[Tensor, "... head query key"]:
         """Scores before any soft-cap, with ALiBi's bias where there is one, of masked keys too."""
-        found = self.scale * torch.einsum("...qhe,...khe->...hqk", q, k)
-        if self.alibi_slopes is None:
-            return found
         at = torch.arange(q.shape[-3], device=q.device)
-        return found + self.alibi_slopes[:, None, None] * (at - at[:, None])
+        found = self.scale * torch.einsum("...qhe,...khe->...hqk", q, k)
+        return found + self.alibi(at[:, None], at)
+
+    def alibi(
+        self, query: Tensor | int, key: Tensor | int, head: int | slice = slice(None)
+    ) -> Float[Tensor, ...]:
+        """ALiBi's bias, heads first; a zero where there is none."""
+        if self.alibi_slopes is None:
+            return self.W_Q.new_zeros(())
+        slopes, distance = self.alibi_slopes[head], torch.as_tensor(key - query)
+        return slopes.reshape(*slopes.shape, *[1] * distance.ndim) * distance.to(slopes.device)
 
     def pattern(
         self,
@@ -158,9 +165,8 @@ class ScoreWeights:
     ) -> Float[Tensor, "... query key"]:
         """Attention weights of one head from its queries and keys."""
         scores = self.capped(self.scale * (q @ k.transpose(-1, -2)))
-        if self.alibi_slopes is not None:
-            at = torch.arange(q.shape[-2], device=q.device)
-            scores = scores + self.alibi_slopes[head] * (at - at[:, None])
+        at = torch.arange(q.shape[-2], device=q.device)
+        scores = scores + self.alibi(at[:, None], at, head)
         return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 

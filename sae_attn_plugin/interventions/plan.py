@@ -19,7 +19,6 @@ from sae_attn_plugin.backends.protocol import (
     mix_values,
 )
 from sae_attn_plugin.backends.protocol import Edit as SiteEdit
-from sae_attn_plugin.backends.scores import check_weights
 from sae_attn_plugin.errors import InputError, UnsupportedError
 from sae_attn_plugin.interventions import steps
 from sae_attn_plugin.interventions.edits import (
@@ -37,7 +36,7 @@ from sae_attn_plugin.interventions.edits import (
     Steer,
 )
 from sae_attn_plugin.interventions.reading import (
-    norm_scales,
+    clean_scores,
     queries_and_keys,
     read_by,
     scale_of,
@@ -91,7 +90,6 @@ class Plan:
         self.members: list[int] = members
         self.total: int = total
         self.sources: Sources = sources
-        self._known_scores: set[int] = set()
         self.edits: list[Resolved] = [self._resolve(edit) for edit in edits]
 
     # -- running ---------------------------------------------------------------------------------
@@ -105,7 +103,7 @@ class Plan:
     ) -> InterventionResult:
         wanted = [Site("pattern", layer) for layer in patterns]
         for layer in scores:
-            self._check_scores(layer)
+            clean_scores(self.run, layer)
             wanted.append(Site("resid_pre", layer))
         reads = list(dict.fromkeys([*more, *wanted, *self._reads()]))
         found = self.forward(self.run.tokens, reads)
@@ -353,7 +351,7 @@ class Plan:
                         f"Freeze('patterns', but=({end.layer},))"
                     )
                 self._check_sinks(end.layer)
-                self._check_scores(end.layer)
+                clean_scores(self.run, end.layer)
             case "pos":
                 if not self.g.learned_positions:
                     raise InputError(
@@ -365,21 +363,6 @@ class Plan:
                     raise InputError(f"{self.g.model_name} has no MLP: {edit}")
             case "attn_bias" | "attn_out":
                 self._check_layer(end.layer)
-
-    def _check_scores(self, layer: int) -> None:
-        """Whether the scores that are known here give the clean run's patterns."""
-        if layer in self._known_scores:
-            return
-        pattern = self.clean["pattern", layer].to(self.g.device, self.dtype)
-        who = f"{self.g.model_name} on {self.lens.backend.host}, layer {layer}"
-        weights, visible = score_weights(self.run, layer), steps.visible(pattern)
-        q, k = queries_and_keys(self.run, layer, self.clean["resid_pre", layer], hold_norms=False)
-        for head in range(q.shape[2]):
-            one, other = q[:, :, head], k[:, :, head]
-            got = weights.pattern(one, other, head, visible)
-            largest = weights.scale * float((one @ other.transpose(-1, -2)).abs().max())
-            check_weights(got, pattern[:, head], largest, weights, self.g.dtype, who)
-        self._known_scores.add(layer)
 
     def _check_sinks(self, layer: int) -> None:
         """Whether attention weights are a softmax of scores and nothing else."""
@@ -775,9 +758,10 @@ class Plan:
                 moved = steps.normed_change(live, whole, own, weights.norm, scale)
                 value = moved, weights.W_V[head // (self.g.n_heads // self.g.n_kv_heads)]
             changes.append((head, query, key, value))
-        scores, held = score_weights(self.run, layer, pattern.shape[-1]), (None, None)
-        if self._holds("norms", layer):
-            _, held = norm_scales(self.run, layer)
+        clean, n = clean_scores(self.run, layer), pattern.shape[-1]
+        known = n == clean.q.shape[1]  # else there are new tokens
+        scores = clean.weights if known else score_weights(self.lens, layer, n)
+        held = (clean.q_scale, clean.k_scale) if self._holds("norms", layer) else (None, None)
         return [
             steps.change_patterns(
                 self.seen,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from sae_attn_plugin.backends.protocol import (
     Norm,
     Site,
 )
-from sae_attn_plugin.backends.scores import ScoreWeights, need_scores
+from sae_attn_plugin.backends.scores import ScoreWeights, check_weights, need_scores
 from sae_attn_plugin.interventions import steps
 
 if TYPE_CHECKING:
@@ -76,35 +77,74 @@ def read_by(
     return read.to(torch.promote_types(read.dtype, torch.float32))
 
 
+@dataclass(frozen=True)
+class CleanScores:
+    """Queries and keys of a layer of the clean run, known to give the model's patterns.
+
+    Attributes:
+        weights: in float32 or float64.
+        q, k: ``[batch, position, head, d_head]``, each head's own, normalised and rotated.
+        scale: of the norm in front of attention; q_scale, k_scale: of the norms of queries and of
+            keys, if the model has them.
+    """
+
+    weights: ScoreWeights
+    q: Float[Tensor, "batch position head d_head"]
+    k: Float[Tensor, "batch position head d_head"]
+    scale: Tensor
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+
+
+def clean_scores(run: Run, layer: int) -> CleanScores:
+    """Those of a layer, computed and checked once for a run.
+
+    Raises:
+        UnsupportedError, BackendError: scores of this model that are not known here.
+    """
+    if layer not in run._clean_scores:
+        g = run.lens.backend.geometry
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        weights = score_weights(run.lens, layer, run.tokens.shape[1])
+        norm, x = run.lens.backend.layer_weights(layer).norm, run.capture["resid_pre", layer]
+        normed = steps.norm_of(x.to(weights.W_Q), norm, None)
+        (q, q_scale), (k, k_scale) = weights.queries(normed), weights.keys(normed)
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        pattern = run.capture["pattern", layer].to(g.device, dtype)
+        visible = steps.visible(pattern)
+        for head in range(q.shape[2]):
+            one, other = q[:, :, head], k[:, :, head]
+            got = weights.pattern(one, other, head, visible)
+            largest = weights.scale * float((one @ other.transpose(-1, -2)).abs().max())
+            who = f"{g.model_name} on {run.lens.backend.host}, layer {layer}"
+            check_weights(got, pattern[:, head], largest, weights, g.dtype, who)
+        scale = scale_of(norm, x)
+        run._clean_scores[layer] = CleanScores(weights, q, k, scale, q_scale, k_scale)
+    return run._clean_scores[layer]
+
+
 def queries_and_keys(
     run: Run, layer: int, resid_pre: Float[Tensor, "batch position d_model"], hold_norms: bool
 ) -> tuple[Tensor, Tensor]:
-    """Each head's queries and keys ``[batch, position, head, d_head]``, normalised and rotated.
+    """Each head's queries and keys ``[batch, position, head, d_head]`` of another stream.
 
     Args:
         hold_norms: whether the norm in front of attention, and those of queries and keys, have the
             scales of the clean run.
     """
-    weights, norm = score_weights(run, layer), run.lens.backend.layer_weights(layer).norm
-    scale, (of_q, of_k) = norm_scales(run, layer) if hold_norms else (None, (None, None))
-    x = steps.norm_of(resid_pre.to(weights.W_Q), norm, scale)
-    q, k = weights.queries(x, of_q)[0], weights.keys(x, of_k)[0]
+    clean, norm = clean_scores(run, layer), run.lens.backend.layer_weights(layer).norm
+    scale, of_q, of_k = (
+        (clean.scale, clean.q_scale, clean.k_scale) if hold_norms else (None, None, None)
+    )
+    x = steps.norm_of(resid_pre.to(clean.q), norm, scale)
+    q, k = clean.weights.queries(x, of_q)[0], clean.weights.keys(x, of_k)[0]
     return q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)
 
 
-def norm_scales(run: Run, layer: int) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Of the clean run: the scale of the norm in front of attention, and those of the norms of
-    queries and of keys, if it has them."""
-    weights, norm = score_weights(run, layer), run.lens.backend.layer_weights(layer).norm
-    clean = run.capture["resid_pre", layer].to(weights.W_Q)
-    x = steps.norm_of(clean, norm, None)
-    return norm.scale(clean), (weights.queries(x)[1], weights.keys(x)[1])
-
-
-def score_weights(run: Run, layer: int, n_positions: int | None = None) -> ScoreWeights:
-    """Those of a layer in float32 or float64, for the run's prompts or for longer ones."""
-    g = run.lens.backend.geometry
-    found = need_scores(run.lens.backend, layer, n_positions or run.tokens.shape[1])
+def score_weights(lens: FeatureLens, layer: int, n_positions: int) -> ScoreWeights:
+    """Those of a layer in float32 or float64."""
+    g = lens.backend.geometry
+    found = need_scores(lens.backend, layer, n_positions)
     return found.to(torch.promote_types(g.dtype, torch.float32), g.device)
 
 

@@ -15,7 +15,7 @@ from sae_attn_plugin.attribution.qk import check_pair, check_side
 from sae_attn_plugin.backends.protocol import Site, uncapped_logits
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions import steps
-from sae_attn_plugin.interventions.reading import queries_and_keys, score_weights
+from sae_attn_plugin.interventions.reading import clean_scores
 from sae_attn_plugin.nodes import Feature, HeadScore, Logit, LogitDiff
 from sae_attn_plugin.tokens import as_index
 
@@ -109,7 +109,8 @@ class InterventionResult:
         """The same target in the clean run."""
         if isinstance(target, HeadScore):
             self._sides(target.layer)
-            return self._score(target, self._clean_sides(target.layer))
+            clean = clean_scores(self.clean, target.layer)
+            return self._score(target, (clean.q, clean.k))
         return self._value(target, self.clean.capture.values, self.clean.reads)
 
     def effect(self, target: Measured) -> Float[Tensor, " batch"]:
@@ -122,7 +123,7 @@ class InterventionResult:
         Raises:
             InputError: they were not asked for.
         """
-        return score_weights(self.clean, layer).scores(*self._sides(layer))
+        return clean_scores(self.clean, layer).weights.scores(*self._sides(layer))
 
     @property
     def metric(self) -> Float[Tensor, " batch"]:
@@ -213,10 +214,6 @@ class InterventionResult:
             )
         return self.sides[layer]
 
-    def _clean_sides(self, layer: int) -> tuple[Tensor, Tensor]:
-        stream = self.clean.capture["resid_pre", layer]
-        return queries_and_keys(self.clean, layer, stream, hold_norms=False)
-
     def _score(self, target: HeadScore, sides: tuple[Tensor, Tensor]) -> Tensor:
         """A score from the sides it is followed on and, on the other one, the clean run."""
         run, (q, k) = self.clean, sides
@@ -225,10 +222,11 @@ class InterventionResult:
         visible = steps.visible(run.capture["pattern", target.layer])[:, query].all(0)
         check_pair(target.layer, n_heads, visible, head, query, key)
         check_side(target.side)
-        if target.side != "both":
-            clean_q, clean_k = self._clean_sides(target.layer)
-            q, k = (q, clean_k) if target.side == "query" else (clean_q, k)
-        return score_weights(run, target.layer).scores(q, k)[:, head, query, key]
+        clean = clean_scores(run, target.layer)
+        q = clean.q if target.side == "key" else q
+        k = clean.k if target.side == "query" else k
+        product = (q[:, query, head] * k[:, key, head]).sum(-1)
+        return clean.weights.scale * product + clean.weights.alibi(query, key, head)
 
     def _value(
         self,

@@ -18,7 +18,7 @@ from sae_attn_plugin.backends.protocol import Site
 from sae_attn_plugin.errors import InputError
 from sae_attn_plugin.interventions.apply import intervene
 from sae_attn_plugin.interventions.edits import FREEZABLE, AddToStream
-from sae_attn_plugin.interventions.reading import queries_and_keys, read_by
+from sae_attn_plugin.interventions.reading import clean_scores, queries_and_keys, read_by
 from sae_attn_plugin.interventions.result import InterventionResult
 from sae_attn_plugin.nodes import (
     FEATURE_KINDS,
@@ -396,16 +396,16 @@ class _Measure:
         assert node.layer is not None
         assert node.head is not None
         assert node.key is not None
-        scores = self.run._checked_scores(node.layer, node.position)
+        clean = clean_scores(self.run, node.layer)
         hold = node.layer in held.get("norms", ())
         x = values[Site("resid_pre", node.layer)]
         q, k = (side[0, :, node.head] for side in queries_and_keys(self.run, node.layer, x, hold))
         found = []
         if node.label in ("query", None):
-            found.append(q[node.position] @ scores.k[node.key, scores.group(node.head)])
+            found.append(q[node.position] @ clean.k[0, node.key, node.head])
         if node.label in ("key", None):
-            found.append(scores.q[node.position, node.head] @ k[node.key])
-        return scores.weights.scale * float(torch.stack(found).mean())
+            found.append(clean.q[0, node.position, node.head] @ k[node.key])
+        return clean.weights.scale * float(torch.stack(found).mean())
 
     def _written(self, node: Node, values: Mapping[Site, Tensor], held: _Held) -> Tensor:
         """``[d_model]``, what a node adds to the residual stream, from the sites of a run."""
