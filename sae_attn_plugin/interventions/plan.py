@@ -404,38 +404,36 @@ class Plan:
                 self.add("z", layer, steps.mix(self.seen, self._watch("v", layer), known))
             if self._holds("norms", layer):
                 self._freeze_norms(layer, weights)
-            self._edit("resid_pre", layer, of_layer)
-            self._edit("v", layer, of_layer)
+            self.add("resid_pre", layer, *self._steps("resid_pre", layer, of_layer))
+            self.add("v", layer, *self._steps("v", layer, of_layer))
             edits_of_z = self._read_values(of_layer, layer, weights, known)
             edits_of_z += self._read_scores(of_layer, layer, weights, known)
             edits_of_z += self._steps("z", layer, of_layer, weights, known)
-            for step in edits_of_z:
-                self.add("z", layer, step)
+            self.add("z", layer, *edits_of_z)
             if self._holds("attention", layer):
                 self.add("attn_out", layer, self._held_attention(weights, layer, edits_of_z))
-            self._edit("attn_out", layer, of_layer, weights, known)
+            self.add("attn_out", layer, *self._steps("attn_out", layer, of_layer, weights, known))
             if not g.has_mlp:
                 continue
             self._read_mlp(of_layer, layer, weights)
             raw = self._steps("mlp_raw", layer, of_layer, weights)
-            for step in raw:
-                self.add("mlp_raw", layer, step)
+            self.add("mlp_raw", layer, *raw)
             if self._holds("mlp", layer):
                 self.add("mlp_out", layer, steps.hold(self.clean["mlp_out", layer]))
                 if raw:
                     clean, norm = self.clean["mlp_raw", layer], weights.mlp_post_norm
                     scale = self._scales(layer, weights)["mlp_out"]
                     self.add("mlp_out", layer, steps.held_raw(clean, raw, norm, scale))
-            self._edit("mlp_out", layer, of_layer, weights)
+            self.add("mlp_out", layer, *self._steps("mlp_out", layer, of_layer, weights))
         ends = [r for r in self.edits if _edited_layer(r.edit) == -1]
-        self._edit("embed", -1, ends)
+        self.add("embed", -1, *self._steps("embed", -1, ends))
         self._final(ends)
         for name, layer in self.watched:
             self.add(name, layer, steps.see(self.seen, (name, layer)))
         return {site: steps.chain(found) for site, found in self.steps.items()}
 
-    def add(self, name: str, layer: int, step: SiteEdit) -> None:
-        self.steps[Site(name, layer)].append(step)
+    def add(self, name: str, layer: int, *made: SiteEdit) -> None:
+        self.steps[Site(name, layer)] += made
 
     def _holds(self, part: str, layer: int) -> bool:
         return layer in self.held.get(part, ())
@@ -448,17 +446,6 @@ class Plan:
         """The live residual stream of a layer, after the blocks named."""
         sites = [self._watch(name, layer) for name in ("resid_pre", *written)]
         return steps.stream(self.seen, sites)
-
-    def _edit(
-        self,
-        site: str,
-        layer: int,
-        edits: Sequence[Resolved],
-        weights: LayerWeights | None = None,
-        pattern: Tensor | None = None,
-    ) -> None:
-        for step in self._steps(site, layer, edits, weights, pattern):
-            self.add(site, layer, step)
 
     # -- norms and attention ---------------------------------------------------------------------
 
