@@ -318,14 +318,14 @@ def dense(dictionary: Dictionary, read: Tensor, value: Tensor) -> tuple[Tensor, 
     Args:
         read: ``[prompt, position, ...]``, what the dictionary reads; value: what it reconstructs.
     """
-    acts = value.new_zeros(*value.shape[:2], dictionary.d_sae)
-    scale, error = value.new_ones(value.shape[:2]), torch.zeros_like(value)
-    for number, (prompt, whole) in enumerate(zip(read, value, strict=True)):
-        encoded = dictionary.encode(prompt)
-        acts[number, encoded.position, encoded.feature] = encoded.activation
-        scale[number] = dictionary.output_scale(encoded.scale)[:, 0]
-        known, skip = dictionary.decode(encoded), dictionary.skip(prompt)
-        error[number] = whole - (known if skip is None else known + skip)
+    inputs, wanted = read.flatten(0, 1), value.flatten(0, 1)
+    encoded, skip = dictionary.encode(inputs), dictionary.skip(inputs)
+    acts = value.new_zeros(len(wanted), dictionary.d_sae)
+    acts[encoded.position, encoded.feature] = encoded.activation
+    known = dictionary.decode(encoded)
+    error = wanted - (known if skip is None else known + skip)
+    scale = dictionary.output_scale(encoded.scale)[:, 0]
+    acts, scale, error = (x.unflatten(0, value.shape[:2]) for x in (acts, scale, error))
     return acts, scale, error
 
 
