@@ -252,6 +252,7 @@ def test_the_command_averages_prompts(tmp_path: Any, transcoders: bool) -> None:
         (("--model", "demo", "--task", "induction"), "give a graph file"),
         (("--model", "demo", "--residual-saes", "x"), "--residual-saes go with a graph file"),
         (("--model", "demo", "--saes", "x"), "leave --saes out"),
+        (("--model", "demo", "--device", "meta"), "runs on the cpu here; leave --device out"),
         (("--model", "demo", "--transcoders", "x"), "--transcoders demo"),
         (("--model", "demo", "--prompts", "0"), "--prompts 0: expected at least 1"),
         (("--model", "demo", "--minimality", "-1"), "--minimality -1: expected at least 0"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import sae_attn_plugin as sap
+from sae_attn_plugin.cli.loading import check_demo_device, load_named
 from sae_attn_plugin.cli.options import (
     Backend,
     DeviceOption,
@@ -18,13 +19,9 @@ from sae_attn_plugin.cli.options import (
     HostOption,
     check_device,
     check_folder,
-    check_saes,
 )
-from sae_attn_plugin.cli.screen import Screen, plain, session
+from sae_attn_plugin.cli.screen import plain, session
 from sae_attn_plugin.errors import InputError
-
-if TYPE_CHECKING:
-    from sae_attn_plugin.lens import FeatureLens
 
 
 def explore(
@@ -66,8 +63,13 @@ def explore(
         with contextlib.closing(listen(port)) as socket:
             screen.hush()
             check_device(device)
-            check_saes(saes)
-            lens = _lens(screen, model, saes, backend, device, dtype, prepend_bos)
+            if model is None or saes is None:
+                check_demo_device(device)
+                with screen.busy("loading the demo model"):
+                    lens = sap.demo.load(backend=backend.value)
+            else:
+                host = backend.value
+                lens = load_named(screen, model, saes, host, device, dtype, prepend_bos=prepend_bos)
             address = f"http://127.0.0.1:{socket.getsockname()[1]}/"
             screen.heading(plain(str(lens)))
             screen.lines(f"{address}   (Ctrl-C stops it)", f"sessions in {plain(str(sessions))}")
@@ -75,26 +77,3 @@ def explore(
             if open_page:
                 webbrowser.open(address)
             serve(lens, sessions, socket)
-
-
-def _lens(
-    screen: Screen,
-    model: str | None,
-    saes: str | None,
-    backend: Backend,
-    device: str,
-    dtype: Dtype,
-    prepend_bos: bool | None,
-) -> FeatureLens:
-    import torch
-
-    if model is None or saes is None:
-        with screen.busy("loading the demo model"):
-            return sap.demo.load(backend=backend.value)
-    with screen.busy(f"loading {model}"):
-        loaded = sap.load_model(model, backend.value, device, getattr(torch, dtype.value))
-    # A release shows bars of its own while it downloads.
-    with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():
-        dictionaries = sap.load_saes(saes, device=device)
-    with screen.busy("checking the model"):
-        return sap.FeatureLens(loaded, dictionaries, prepend_bos=prepend_bos)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import sae_attn_plugin as sap
+from sae_attn_plugin.cli.loading import load_named
 from sae_attn_plugin.cli.options import (
     Backend,
     DeviceOption,
@@ -18,7 +17,6 @@ from sae_attn_plugin.cli.options import (
     Through,
     check_device,
     check_limits,
-    check_saes,
     parse_target,
     with_pruning,
     writable_files,
@@ -91,24 +89,10 @@ def graph(
         if not prompt:
             raise InputError("the prompt is empty; expected at least one token")
         screen.hush()
-        import torch
-
         check_device(device)
-        check_saes(saes, transcoders)
-        with screen.busy(f"loading {model}"):
-            loaded = sap.load_model(model, backend.value, device, getattr(torch, dtype.value))
-        # A release shows bars of its own while it downloads.
-        with screen.busy(f"loading {saes}") if Path(saes).is_dir() else contextlib.nullcontext():
-            dictionaries = sap.load_saes(saes, device=device)
-        of_mlps = None
-        if transcoders is not None:
-            local = Path(transcoders).is_dir()
-            with screen.busy(f"loading {transcoders}") if local else contextlib.nullcontext():
-                of_mlps = sap.load_saes(transcoders, device=device)
-        with screen.busy("checking the model"):
-            lens = sap.FeatureLens(
-                loaded, dictionaries, transcoders=of_mlps, prepend_bos=prepend_bos
-            )
+        lens = load_named(
+            screen, model, saes, backend.value, device, dtype, transcoders, prepend_bos
+        )
         with screen.busy("running the prompt"):
             run = lens.run(prompt)
         attribution = run.attribute(

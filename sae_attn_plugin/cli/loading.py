@@ -51,9 +51,8 @@ def load_lens(
     transcoders: str | None = None,
 ) -> FeatureLens:
     """Model and SAEs as options name them; GPT-2 small has SAEs by default, the demo its own."""
-    import torch
-
     if full_name(model) == DEMO:
+        check_demo_device(device)
         if saes is not None:
             raise InputError("--model demo has its own SAEs; leave --saes out")
         if transcoders not in (None, "demo"):
@@ -64,6 +63,22 @@ def load_lens(
         if model != "gpt2":
             raise InputError("give --saes, a folder with attention SAEs or a sae_lens release")
         saes = "gpt2-small-hook-z-kk"
+    return load_named(screen, model, saes, backend, device, dtype, transcoders)
+
+
+def load_named(
+    screen: Screen,
+    model: str,
+    saes: str,
+    backend: str,
+    device: str,
+    dtype: Dtype,
+    transcoders: str | None = None,
+    prepend_bos: bool | None = None,
+) -> FeatureLens:
+    """Model and SAEs by folder, hub name or release."""
+    import torch
+
     check_saes(saes, transcoders)
     with screen.busy(f"loading {model}"):
         host = sap.load_model(model, backend, device, getattr(torch, dtype.value))  # pyright: ignore[reportArgumentType]
@@ -71,7 +86,13 @@ def load_lens(
         None if source is None else _read(screen, source, device) for source in (saes, transcoders)
     ]
     with screen.busy("checking the model"):
-        return sap.FeatureLens(host, found[0], transcoders=found[1])
+        return sap.FeatureLens(host, found[0], transcoders=found[1], prepend_bos=prepend_bos)
+
+
+def check_demo_device(device: str) -> None:
+    # HookedTransformer does not move in silence.
+    if device != "cpu":
+        raise InputError("the demo model runs on the cpu here; leave --device out")
 
 
 def _read(screen: Screen, source: str, device: str) -> dict[str, Any]:
@@ -115,10 +136,8 @@ def lens_of_graph(
         if name == DEMO_MODEL_NAME:
             if dtype != "float32":
                 raise InputError(f"the graph is of the demo model in {dtype}; pass --model")
+            check_demo_device(device)
             loaded = sap.demo.load_model(host)  # pyright: ignore[reportArgumentType]
-            # HookedTransformer does not move in silence.
-            if device != "cpu":
-                raise InputError("the demo model runs on the cpu here; leave --device out")
         else:
             try:
                 kind: Any = host
